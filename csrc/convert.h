@@ -1,0 +1,77 @@
+// Rounding between storage and arithmetic: bfloat16 and float16 <-> float, round to nearest even,
+// in integer and float operations that every compiler vectorises and every backend repeats.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "rules/arithmetic.h"
+
+namespace fastopt {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+FASTOPT_RULE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+FASTOPT_RULE float widen(float x) { return x; }
+FASTOPT_RULE double widen(double x) { return x; }
+FASTOPT_RULE float widen(BFloat16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
+
+// Float16's two ranges by one multiplication or subtraction each (M. Dukhan, FP16 library).
+FASTOPT_RULE float widen(Float16 x) {
+  const uint32_t shifted = uint32_t{x.bits} << 16;
+  const uint32_t magnitude = shifted << 1;
+  const float normal = bit_cast<float>((magnitude >> 4) + (0xE0u << 23)) * 0x1.0p-112f;
+  const float subnormal = bit_cast<float>((magnitude >> 17) | (126u << 23)) - 0.5f;
+  const uint32_t value =
+      magnitude < (1u << 27) ? bit_cast<uint32_t>(subnormal) : bit_cast<uint32_t>(normal);
+  return bit_cast<float>((shifted & 0x80000000u) | value);
+}
+
+template <class To>
+FASTOPT_RULE To narrow(float x);
+template <class To>
+FASTOPT_RULE To narrow(double x);
+
+template <>
+FASTOPT_RULE float narrow<float>(float x) {
+  return x;
+}
+template <>
+FASTOPT_RULE double narrow<double>(double x) {
+  return x;
+}
+
+template <>
+FASTOPT_RULE BFloat16 narrow<BFloat16>(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16;
+  return {static_cast<uint16_t>(x != x ? 0x7FC0u : rounded)};
+}
+
+template <>
+FASTOPT_RULE Float16 narrow<Float16>(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t magnitude = bits << 1;
+  // Adding a power of two that much larger makes float's own rounding drop the right bits.
+  const float scaled = (bit_cast<float>(magnitude >> 1) * 0x1.0p+112f) * 0x1.0p-110f;
+  uint32_t bias = magnitude & 0xFF000000u;
+  bias = bias < 0x71000000u ? 0x71000000u : bias;
+  const uint32_t sum = bit_cast<uint32_t>(bit_cast<float>((bias >> 1) + 0x07800000u) + scaled);
+  const uint32_t rounded = ((sum >> 13) & 0x7C00u) + (sum & 0x0FFFu);
+  const uint32_t value = magnitude > 0xFF000000u ? 0x7E00u : rounded;
+  return {static_cast<uint16_t>(((bits >> 16) & 0x8000u) | value)};
+}
+
+}  // namespace fastopt

@@ -1,0 +1,36 @@
+// The CPU backend's border: one step of one rule over one table.
+#pragma once
+
+#include "../table.h"
+
+namespace fastopt {
+
+// What apply.cpp reads. Raw pointers only: apply.cpp is compiled once per instruction set, and any
+// inline function of the standard library in it could reach processors that lack the instructions.
+struct Work {
+  int rule;  // place in rules/rules.h
+  int states;
+  const DType* dtype;
+  DType step_dtype;
+  const Group* groups;
+  const Slot* slots;
+  int64_t slot_count;
+  const Chunk* chunks;
+  int64_t chunk_count;
+  const int64_t* layouts;
+  int64_t numel;
+  void* scalars;     // room for each slot's
+  float grad_scale;  // gradients are divided by it and written back; 1 leaves them alone
+  int threads;
+};
+
+constexpr int kScalarBytes = 96;  // the most any rule's Scalars take
+
+// The name of the instruction set in use: "avx512", "avx2" or "baseline".
+const char* instruction_set();
+
+// Both phases, advance and update, on the best instruction set this processor has.
+// Needs no GIL.
+void apply(int rule, const Table& table, const Group* groups, float grad_scale, int threads);
+
+}  // namespace fastopt

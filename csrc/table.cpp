@@ -1,0 +1,269 @@
+// Tensors -> slots -> tables, and every check that needs no Python.
+#include "table.h"
+
+#include <algorithm>
+#include <cstring>
+#include <iterator>
+#include <numeric>
+
+#include "rules/rules.h"
+
+namespace fastopt {
+namespace {
+
+template <class Rule>
+RuleInfo describe() {
+  static_assert(sizeof(typename Rule::Options) <= sizeof(Group));
+  static_assert(std::size(Rule::kStates) <= kMaxStates);
+  return {Rule::kName,
+          {std::begin(Rule::kOptions), std::end(Rule::kOptions)},
+          {std::begin(Rule::kStates), std::end(Rule::kStates)},
+          Rule::kCountsSteps,
+          [](const double* values) {
+            typename Rule::Options options;
+            std::memcpy(&options, values, sizeof options);
+            return Rule::states(options);
+          }};
+}
+
+bool is_complex(const DLTensor& t) { return t.dtype.code == kDLComplex; }
+
+DType dtype_of(DLDataType dtype) {
+  const int bits = dtype.code == kDLComplex ? dtype.bits / 2 : dtype.bits;
+  if (dtype.code == kDLBfloat) return DType::kBFloat16;
+  return bits == 64 ? DType::kFloat64 : bits == 32 ? DType::kFloat32 : DType::kFloat16;
+}
+
+const char* name_of(DLDataType dtype) {
+  if (dtype.code == kDLComplex) return dtype.bits == 128 ? "complex128" : "complex64";
+  switch (dtype_of(dtype)) {
+    case DType::kFloat32: return "float32";
+    case DType::kFloat64: return "float64";
+    case DType::kBFloat16: return "bfloat16";
+    case DType::kFloat16: return "float16";
+  }
+  return "";
+}
+
+std::string shape_of(const DLTensor& t) {
+  std::string text = "[";
+  for (int d = 0; d < t.ndim; ++d) text += (d ? ", " : "") + std::to_string(t.shape[d]);
+  return text + "]";
+}
+
+int64_t numel_of(const DLTensor& t) {
+  return std::accumulate(t.shape, t.shape + t.ndim, int64_t{1}, std::multiplies<>());
+}
+
+bool is_contiguous(const DLTensor& t) {
+  int64_t expected = 1;
+  for (int d = t.ndim - 1; d >= 0; --d) {
+    if (t.shape[d] != 1 && t.strides[d] != expected) return false;
+    expected *= t.shape[d];
+  }
+  return true;
+}
+
+bool same_strides(const DLTensor& a, const DLTensor& b) {
+  for (int d = 0; d < a.ndim; ++d) {
+    if (a.shape[d] != 1 && a.strides[d] != b.strides[d]) return false;
+  }
+  return true;
+}
+
+// Dimensions that matter (size over 1), largest stride first.
+std::vector<int> by_stride(const DLTensor& t) {
+  std::vector<int> dims;
+  for (int d = 0; d < t.ndim; ++d) {
+    if (t.shape[d] != 1) dims.push_back(d);
+  }
+  std::stable_sort(dims.begin(), dims.end(),
+                   [&](int a, int b) { return t.strides[a] > t.strides[b]; });
+  return dims;
+}
+
+// Whether two indices may share memory. Walking from the smallest stride up, each dimension must
+// step over all the memory the ones before it span.
+bool may_overlap(const DLTensor& t) {
+  const std::vector<int> dims = by_stride(t);
+  int64_t span = 1;
+  for (auto d = dims.rbegin(); d != dims.rend(); ++d) {
+    if (t.strides[*d] < span) return true;
+    span += (t.shape[*d] - 1) * t.strides[*d];
+  }
+  return false;
+}
+
+// Non-overlapping without gaps: memory order is some permutation of the dimensions.
+bool is_dense(const DLTensor& t) {
+  const std::vector<int> dims = by_stride(t);
+  int64_t span = 1;
+  for (auto d = dims.rbegin(); d != dims.rend(); ++d) {
+    if (t.strides[*d] != span) return false;
+    span *= t.shape[*d];
+  }
+  return true;
+}
+
+bool flat(const Tensors& tensors, int count) {
+  const DLTensor& param = tensors.at[kParam];
+  const bool contiguous = is_contiguous(param);
+  for (int i = 1; i < count; ++i) {
+    const DLTensor& t = tensors.at[i];
+    // Two contiguous tensors need no comparison: the common case costs one walk each.
+    if (!(contiguous ? is_contiguous(t) : same_strides(param, t))) return false;
+  }
+  return contiguous || is_dense(param);
+}
+
+// Appends the slot's layout in the parameter's memory order, adjacent dimensions merged where
+// every tensor allows it; a complex element becomes a last dimension of two.
+int64_t append_layout(std::vector<int64_t>& layouts, const Tensors& tensors, int count) {
+  const DLTensor& param = tensors.at[kParam];
+  struct Dim {
+    int64_t size, stride[kMaxTensors];
+  };
+  std::vector<Dim> dims;
+  const auto append = [&](const Dim& inner) {
+    if (!dims.empty()) {
+      Dim& outer = dims.back();
+      bool merges = true;
+      for (int i = 0; i < count; ++i) {
+        merges = merges && outer.stride[i] == inner.stride[i] * inner.size;
+      }
+      if (merges) {
+        outer.size *= inner.size;
+        std::copy_n(inner.stride, count, outer.stride);
+        return;
+      }
+    }
+    dims.push_back(inner);
+  };
+  const int64_t reals = is_complex(param) ? 2 : 1;
+  for (const int d : by_stride(param)) {
+    Dim dim{param.shape[d], {}};
+    for (int i = 0; i < count; ++i) dim.stride[i] = tensors.at[i].strides[d] * reals;
+    append(dim);
+  }
+  if (reals == 2 || dims.empty()) append({reals, {1, 1, 1, 1, 1}});
+
+  const auto start = static_cast<int64_t>(layouts.size());
+  layouts.push_back(static_cast<int64_t>(dims.size()));
+  for (const Dim& dim : dims) layouts.push_back(dim.size);
+  for (int i = 0; i < count; ++i) {
+    for (const Dim& dim : dims) layouts.push_back(dim.stride[i]);
+  }
+  return start;
+}
+
+std::string tensor_name(const RuleInfo& rule, int i) {
+  return i == kParam ? "the parameter"
+                     : i == kGrad ? "grad" : "state '" + std::string(rule.states[i - kState]) + "'";
+}
+
+void check_fits(const RuleInfo& rule, const Tensors& tensors, int i) {
+  const DLTensor& param = tensors.at[kParam];
+  const DLTensor& t = tensors.at[i];
+  const std::string name = tensor_name(rule, i);
+  if (t.ndim != param.ndim || !std::equal(t.shape, t.shape + t.ndim, param.shape)) {
+    throw std::invalid_argument(name + " has shape " + shape_of(t) + ", the parameter " +
+                                shape_of(param) + "; load a state_dict of this very model, or " +
+                                "delete the state to start it anew");
+  }
+  if (t.device.device_type != param.device.device_type ||
+      t.device.device_id != param.device.device_id) {
+    throw std::invalid_argument(name + " is on another device than the parameter; move it with " +
+                                "optimizer.load_state_dict(optimizer.state_dict())");
+  }
+  if (!is_supported(t.dtype) || is_complex(t) != is_complex(param) ||
+      (dtype_of(t.dtype) == DType::kFloat64) != (dtype_of(param.dtype) == DType::kFloat64)) {
+    throw std::invalid_argument(
+        name + " has a dtype that does not go with the parameter's " + name_of(param.dtype) +
+        "; use the parameter's dtype (float32, bfloat16 and float16 mix freely)");
+  }
+}
+
+}  // namespace
+
+const std::vector<RuleInfo>& rules() {
+  static const std::vector<RuleInfo> rules = {
+#define FASTOPT_DESCRIBE(Rule) describe<Rule>(),
+      FASTOPT_FOR_EACH_RULE(FASTOPT_DESCRIBE)
+#undef FASTOPT_DESCRIBE
+  };
+  return rules;
+}
+
+bool is_supported(DLDataType dtype) {
+  if (dtype.lanes != 1) return false;
+  switch (dtype.code) {
+    case kDLFloat: return dtype.bits == 16 || dtype.bits == 32 || dtype.bits == 64;
+    case kDLBfloat: return dtype.bits == 16;
+    case kDLComplex: return dtype.bits == 64 || dtype.bits == 128;
+  }
+  return false;
+}
+
+void add_slot(std::vector<Table>& tables, const RuleInfo& rule, const Tensors& tensors, int group,
+              bool fresh, bool writes_grad) {
+  const int count = kState + tensors.states;
+  const DLTensor& param = tensors.at[kParam];
+  for (int i = kGrad; i < count; ++i) check_fits(rule, tensors, i);
+  if (rule.counts_steps && (numel_of(tensors.step) != 1 || tensors.step.dtype.code != kDLFloat ||
+                            tensors.step.dtype.bits < 32)) {
+    throw std::invalid_argument(
+        "state 'step' is not one float32 or float64 number; make it torch.tensor(float(step))");
+  }
+
+  Slot slot{};
+  slot.numel = numel_of(param) * (is_complex(param) ? 2 : 1);
+  slot.group = group;
+  slot.fresh = fresh;
+  for (int i = 0; i < count; ++i) {
+    slot.data[i] = static_cast<char*>(tensors.at[i].data) + tensors.at[i].byte_offset;
+  }
+  if (rule.counts_steps) {
+    slot.step = static_cast<char*>(tensors.step.data) + tensors.step.byte_offset;
+  }
+  slot.layout = kDense;
+  const bool dense = slot.numel == 0 || flat(tensors, count);
+  if (!dense) {
+    for (int i = 0; i < count; ++i) {
+      const bool written = i != kGrad || writes_grad;
+      if (written && may_overlap(tensors.at[i])) {
+        throw std::invalid_argument(tensor_name(rule, i) +
+                                    " has elements that share memory (an expanded tensor?); " +
+                                    "replace it with its .clone()");
+      }
+    }
+  }
+
+  const auto fits = [&](const Table& table) {
+    bool same = table.states == tensors.states &&
+                table.device.device_type == param.device.device_type &&
+                table.device.device_id == param.device.device_id;
+    for (int i = 0; same && i < count; ++i) {
+      same = table.dtype[i] == dtype_of(tensors.at[i].dtype);
+    }
+    return same && (!rule.counts_steps || table.step_dtype == dtype_of(tensors.step.dtype));
+  };
+  auto table = std::find_if(tables.rbegin(), tables.rend(), fits);
+  if (table == tables.rend()) {
+    Table fresh_table{};
+    fresh_table.device = param.device;
+    fresh_table.states = tensors.states;
+    for (int i = 0; i < count; ++i) fresh_table.dtype[i] = dtype_of(tensors.at[i].dtype);
+    if (rule.counts_steps) fresh_table.step_dtype = dtype_of(tensors.step.dtype);
+    tables.push_back(std::move(fresh_table));
+    table = tables.rbegin();
+  }
+  if (!dense) slot.layout = append_layout(table->layouts, tensors, count);
+  const auto index = static_cast<int32_t>(table->slots.size());
+  for (int64_t begin = 0; begin < slot.numel; begin += kChunk) {
+    table->chunks.push_back({begin, index});
+  }
+  table->numel += slot.numel;
+  table->slots.push_back(slot);
+}
+
+}  // namespace fastopt

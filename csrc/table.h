@@ -1,0 +1,58 @@
+// Tables: what one step works on, read from tensors and checked before anything is written.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "dlpack_abi.h"
+#include "slot.h"
+
+namespace fastopt {
+
+// What the host must know of a rule; made from the rule by its line in rules/rules.h.
+struct RuleInfo {
+  std::string name;
+  std::vector<const char*> options, states;
+  bool counts_steps;
+  int (*states_used)(const double* options);
+};
+
+// In the order of rules/rules.h, the index by which backends know them.
+const std::vector<RuleInfo>& rules();
+
+struct Group {
+  double options[kMaxOptions];
+};
+
+// All slots that share device and dtypes: one update launch.
+struct Table {
+  DLDevice device;
+  int states;                // buffers the rule keeps for each slot
+  DType dtype[kMaxTensors];  // of param, grad and the states in use
+  DType step_dtype;
+  std::vector<Slot> slots;
+  std::vector<Chunk> chunks;
+  // Of each slot that is not kDense, in a row: ndim, shape[ndim], then strides[ndim] of every
+  // tensor in turn, outermost dimension first, counted in real elements.
+  std::vector<int64_t> layouts;
+  int64_t numel = 0;
+};
+
+// One parameter's tensors as read: param, grad and states in slot order, then the step count.
+struct Tensors {
+  DLTensor at[kMaxTensors];
+  DLTensor step;
+  int states;
+};
+
+// Adds a slot to the table it belongs to; throws std::invalid_argument, naming the fix, when its
+// tensors do not fit together. `fresh` states were just made and take the place of missing ones.
+void add_slot(std::vector<Table>& tables, const RuleInfo& rule, const Tensors& tensors, int group,
+              bool fresh, bool writes_grad);
+
+// False for dtypes no backend computes with (integers, float8): such parameters go to torch.
+bool is_supported(DLDataType dtype);
+
+}  // namespace fastopt

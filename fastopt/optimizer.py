@@ -115,32 +115,32 @@ class FusedOptimizer(torch.optim.Optimizer):
         stock = super().step.__func__  # type: ignore[attr-defined]
         while getattr(stock, "hooked", False):
             stock = stock.__wrapped__
-        scaled = hasattr(self, "grad_scale") or hasattr(self, "found_inf")
-        if not scaled or all(group["fused"] for group in self.param_groups):
-            stock(self)
-            return
-        # torch's unfused steps refuse these two attributes, so what they ask for is done here.
-        grad_scale = self.__dict__.pop("grad_scale", None)
-        found_inf = self.__dict__.pop("found_inf", None)
+        present = {"grad_scale", "found_inf"} & self.__dict__.keys()
+        amp: dict[str, Any] = {name: self.__dict__.pop(name) for name in present}
         try:
-            if found_inf is None or not float(found_inf):
-                if grad_scale is not None:
-                    for group in self.param_groups:
-                        for p in group["params"]:
-                            if p.grad is not None:
-                                p.grad.div_(grad_scale)
-                stock(self)
+            if all(group["fused"] for group in self.param_groups):
+                self.__dict__.update(amp)  # torch's fused step reads them itself
+            elif float(amp.get("found_inf") or 0):
+                return
+            elif amp.get("grad_scale") is not None:
+                self._unscale(amp["grad_scale"])
+            stock(self)
         finally:
-            self.grad_scale, self.found_inf = grad_scale, found_inf
+            self.__dict__.update(amp)
+
+    @torch.no_grad()
+    def _unscale(self, grad_scale: Tensor) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.div_(grad_scale)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether GradScaler may leave unscaling and skipping to the step (torch's contract)."""
         if all(group["fused"] for group in self.param_groups):
             return True
-        return (
-            self._asked_for_torch() is None and _C.why_not(self.param_groups, _memory) is None
-        )
+        return self._asked_for_torch() is None and _C.why_not(self.param_groups, _memory) is None
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:

@@ -16,8 +16,8 @@ struct Adam {
   static constexpr bool kCountsSteps = true;
 
   // A param group's values under kOptions, in this order; a pair such as betas fills two.
-  static constexpr const char* kOptions[] = {"lr",      "betas",    "eps",     "weight_decay",
-                                             "amsgrad", "maximize", "decoupled_weight_decay"};
+  static constexpr const char* kOptions[] = {
+      "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"};
   struct Options {
     double lr, beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay;
   };

@@ -18,7 +18,8 @@ namespace fastopt {
 // beta^t for t = 1, 2, 3, ... by repeated squaring; libm's pow differs between host and device.
 FASTOPT_RULE double power(double beta, double t) {
   double result = 1;
-  // Past 2^53 a count no longer grows; a negative one, which only a broken checkpoint has, counts 0.
+  // Past 2^53 a count no longer grows; a negative one, which only a broken checkpoint has, counts
+  // 0.
   for (auto n = static_cast<unsigned long long>(t < 0 ? 0 : t < 9e15 ? t : 9e15); n; n >>= 1) {
     if (n & 1) result *= beta;
     beta *= beta;

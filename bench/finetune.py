@@ -486,13 +486,13 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=number(int, 0), default=0, help="of dropout, data order and new head"
     )
-    parser.add_argument("--out", type=Path, help="folder to write to; default: build/finetune/TASK")
+    parser.add_argument("--out", type=Path, help="folder to write to; default: runs/TASK")
     parser.add_argument(
         "--cache", type=Path, default=default_cache(), help="of models and data; %(default)s"
     )
     parser.add_argument("--resume", action="store_true", help="continue from OUT's checkpoints")
     options = parser.parse_args(argv)
-    options.out = options.out or Path("build", "finetune", options.task)
+    options.out = options.out or Path("runs", options.task)
     return options
 
 

@@ -53,27 +53,29 @@ struct Torch {
   py::object increment_version;
 };
 
+Torch find_torch() {
+  const py::object tensor = py::module_::import("torch").attr("Tensor");
+  const py::object parameter = py::module_::import("torch.nn").attr("Parameter");
+  if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) {
+    throw py::import_error("fastopt needs torch >= 2.10; pip install -U torch");
+  }
+  const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
+  const auto* api = static_cast<const DLPackExchangeAPI*>(
+      PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (!api) throw py::error_already_set();
+  while (api && api->version.major > kDLMajorVersion) api = api->older;
+  if (!api || api->version.major != kDLMajorVersion || !api->dltensor_from_py_object_no_sync) {
+    throw py::import_error(
+        "fastopt does not know this torch's version of DLPack; "
+        "pip install -U fastopt");
+  }
+  return {reinterpret_cast<PyTypeObject*>(tensor.ptr()),
+          reinterpret_cast<PyTypeObject*>(parameter.ptr()), api,
+          py::module_::import("torch.autograd.graph").attr("increment_version")};
+}
+
 const Torch& torch() {
-  static const Torch* const torch = [] {
-    const py::object tensor = py::module_::import("torch").attr("Tensor");
-    const py::object parameter = py::module_::import("torch.nn").attr("Parameter");
-    if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) {
-      throw py::import_error("fastopt needs torch >= 2.10; pip install -U torch");
-    }
-    const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
-    const auto* api = static_cast<const DLPackExchangeAPI*>(
-        PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    if (!api) throw py::error_already_set();
-    while (api && api->version.major > kDLMajorVersion) api = api->older;
-    if (!api || api->version.major != kDLMajorVersion || !api->dltensor_from_py_object_no_sync) {
-      throw py::import_error(
-          "this torch speaks a DLPack version fastopt does not know; "
-          "pip install -U fastopt");
-    }
-    return new Torch{reinterpret_cast<PyTypeObject*>(tensor.ptr()),
-                     reinterpret_cast<PyTypeObject*>(parameter.ptr()), api,
-                     py::module_::import("torch.autograd.graph").attr("increment_version")};
-  }();
+  static const Torch* const torch = new Torch(find_torch());
   return *torch;
 }
 
@@ -112,14 +114,32 @@ struct Member {
   bool fresh = false;  // it has no states yet
 };
 
-// Asks for what reading a tensor will touch. Between two steps a model's forward and backward pass
-// have emptied the caches, and reading is mostly waiting for memory: a step on 1000 tensors that
-// start cold takes 0.6 of the time. Of torch's layout only this is assumed, and nothing depends on
-// it: a tensor object's third word points to its data; prefetching a wrong address has no effect.
-void prefetch(const py::object& tensor) {
-  if (!tensor || !PyObject_TypeCheck(tensor.ptr(), torch().tensor)) return;
-  const char* impl = reinterpret_cast<char* const*>(tensor.ptr())[2];
-  for (int line = 0; line < 4; ++line) __builtin_prefetch(impl + 64 * line);
+// A tensor that is no subclass's: its memory is what it says it is.
+bool is_plain(PyObject* object) {
+  const PyTypeObject* type = Py_TYPE(object);
+  return type == torch().tensor || type == torch().parameter;
+}
+
+// Between two steps a model's forward and backward pass have emptied the caches, and reading a
+// tensor is mostly waiting for memory. So memory is asked for ahead of its use: first a tensor's
+// TensorImpl, to which the third word of its Python object points, then its storage, to which the
+// third word of the TensorImpl points. Only speed rests on that: prefetching never faults.
+enum class Ahead { kTensor, kStorage };
+
+void prefetch(PyObject* object, Ahead ahead) {
+  if (!object || !is_plain(object)) return;
+  const char* address = reinterpret_cast<char* const*>(object)[2];
+  if (ahead == Ahead::kStorage && address) {
+    address = reinterpret_cast<char* const*>(address)[2];
+  }
+  for (int line = 0; line < 4; ++line) __builtin_prefetch(address + 64 * line);
+}
+
+// Conjugation or negation is pending: a flag on a view, which DLPack does not pass on. On real
+// tensors only .imag of a conjugate has it, and that is not contiguous.
+bool is_lazy(py::handle tensor, const DLTensor& t) {
+  if (t.dtype.code != kDLComplex && (t.ndim == 0 || t.strides[t.ndim - 1] == 1)) return false;
+  return tensor.attr("is_conj")().cast<bool>() || tensor.attr("is_neg")().cast<bool>();
 }
 
 std::string text(py::handle object) { return py::str(object).cast<std::string>(); }
@@ -133,7 +153,7 @@ class Reader {
 
   // Throws NotOurs when there is no memory that a backend could use.
   void read(const Member& member, py::handle tensor, DLTensor* out) {
-    if (Py_TYPE(tensor.ptr()) != torch().tensor && Py_TYPE(tensor.ptr()) != torch().parameter) {
+    if (!is_plain(tensor.ptr())) {
       py::object plain = memory_(member.param, tensor);
       if (py::isinstance<py::str>(plain)) throw NotOurs{text(plain)};
       tensor = plain;
@@ -143,6 +163,9 @@ class Reader {
       PyErr_Clear();
       throw NotOurs{"a tensor has layout " + text(tensor.attr("layout")) + " on device " +
                     text(tensor.attr("device"))};
+    }
+    if (!out->data && tensor.attr("numel")().cast<int64_t>() != 0) {
+      throw NotOurs{"a tensor has no memory"};
     }
   }
 
@@ -155,23 +178,20 @@ class Reader {
       throw NotOurs{"no fastopt arithmetic for parameters of " + text(member.param.attr("dtype"))};
     }
     read(member, member.grad, g);
-    check_bits(member.param, *p);
-    check_bits(member.grad, *g);
   }
 
  private:
-  // Conjugation and negation may be pending: a flag on a view, which DLPack does not pass on. On
-  // real tensors only .imag of a conjugate has it, which is not contiguous.
-  static void check_bits(py::handle tensor, const DLTensor& t) {
-    if (t.dtype.code != kDLComplex && (t.ndim == 0 || t.strides[t.ndim - 1] == 1)) return;
-    if (tensor.attr("is_conj")().cast<bool>() || tensor.attr("is_neg")().cast<bool>()) {
-      throw NotOurs{"a tensor is a lazy conjugate or negative; .resolve_conj().resolve_neg() it"};
-    }
-  }
-
   py::function memory_;
   std::vector<py::object> plain_;  // kept alive
 };
+
+// param.grad, without looking the attribute up anew for each of a thousand plain tensors.
+PyObject* grad_of(PyObject* param) {
+  static PyObject* const property =
+      PyObject_GetAttr(reinterpret_cast<PyObject*>(torch().tensor), names().grad);
+  if (!is_plain(param)) return PyObject_GetAttr(param, names().grad);
+  return Py_TYPE(property)->tp_descr_get(property, param, nullptr);
+}
 
 // Appends the parameters of a group that have a gradient.
 void collect(py::handle param_group, int group, std::vector<Member>& members) {
@@ -179,7 +199,8 @@ void collect(py::handle param_group, int group, std::vector<Member>& members) {
   members.reserve(members.size() + params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     PyObject* param = PyList_GET_ITEM(params.ptr(), i);
-    auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, names().grad));
+    if (i + 4 < params.size()) prefetch(PyList_GET_ITEM(params.ptr(), i + 4), Ahead::kTensor);
+    auto grad = py::reinterpret_steal<py::object>(grad_of(param));
     if (!grad) throw py::error_already_set();
     if (grad.is_none()) continue;
     Member& member = members.emplace_back();
@@ -230,7 +251,8 @@ class Step {
     }
     for (Member& member : members_) find_states(member);
     for (size_t i = 0; i < members_.size(); ++i) {
-      if (i + 2 < members_.size()) prefetch_all(members_[i + 2]);
+      if (i + 4 < members_.size()) prefetch_all(members_[i + 4], Ahead::kTensor);
+      if (i + 2 < members_.size()) prefetch_all(members_[i + 2], Ahead::kStorage);
       try {
         add(members_[i]);
       } catch (const std::invalid_argument& error) {
@@ -256,10 +278,11 @@ class Step {
     }
     if (members_.empty()) return;
     // As after any in-place operation: a graph that has saved the old values must not use the new.
-    py::list written;
-    for (const Member& member : members_) {
-      written.append(member.param);
-      if (rescale_) written.append(member.grad);
+    const size_t count = members_.size();
+    py::list written(rescale_ ? 2 * count : count);
+    for (size_t i = 0; i < count; ++i) {
+      written[i] = members_[i].param;
+      if (rescale_) written[count + i] = members_[i].grad;
     }
     torch().increment_version(written);
   }
@@ -288,17 +311,25 @@ class Step {
     member.fresh = !any;
   }
 
-  void prefetch_all(const Member& member) const {
-    prefetch(member.param);
-    prefetch(member.grad);
-    for (const py::object& state : member.state) prefetch(state);
-    prefetch(member.step);
+  static void prefetch_all(const Member& member, Ahead ahead) {
+    prefetch(member.param.ptr(), ahead);
+    prefetch(member.grad.ptr(), ahead);
+    for (const py::object& state : member.state) prefetch(state.ptr(), ahead);
+    prefetch(member.step.ptr(), ahead);
   }
 
   void add(Member& member) {
     Tensors tensors;
     tensors.states = states(member);
     reader_.read_param_and_grad(member, &tensors.at[kParam], &tensors.at[kGrad]);
+    if (is_lazy(member.param, tensors.at[kParam])) {
+      throw std::invalid_argument("it is a lazy conjugate; make it from .resolve_conj()");
+    }
+    if (is_lazy(member.grad, tensors.at[kGrad])) {
+      member.grad = member.grad.attr("resolve_conj")().attr("resolve_neg")();
+      member.param.attr("grad") = member.grad;
+      reader_.read_param_and_grad(member, &tensors.at[kParam], &tensors.at[kGrad]);
+    }
     if (member.fresh) make_states(member, tensors.states);
     for (int i = 0; i < tensors.states; ++i) {
       read_state(member, member.state[i], keys()[i], &tensors.at[kState + i]);
@@ -327,14 +358,19 @@ class Step {
   }
 
   void read_state(const Member& member, const py::object& value, PyObject* key, DLTensor* out) {
-    if (!value || !PyObject_TypeCheck(value.ptr(), torch().tensor)) {
+    if (!value || !(is_plain(value.ptr()) || PyObject_TypeCheck(value.ptr(), torch().tensor))) {
       const std::string name = "state '" + text(key) + "'";
       throw std::invalid_argument(
           value ? name + " is not a tensor; load_state_dict makes it one"
                 : name + " is missing, though others are there (was amsgrad turned on mid-run?); " +
                       "delete the parameter's state to start it anew");
     }
-    reader_.read(member, value, out);
+    try {
+      reader_.read(member, value, out);
+    } catch (const NotOurs& error) {
+      throw std::invalid_argument("state '" + text(key) + "' cannot be read: " + error.reason +
+                                  "; load a state_dict of this very model");
+    }
   }
 
   int rule_index_;

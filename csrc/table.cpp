@@ -166,19 +166,21 @@ void check_fits(const RuleInfo& rule, const Tensors& tensors, int i) {
   const DLTensor& param = tensors.at[kParam];
   const DLTensor& t = tensors.at[i];
   if (t.ndim != param.ndim || !std::equal(t.shape, t.shape + t.ndim, param.shape)) {
-    throw std::invalid_argument(tensor_name(rule, i) + " has shape " + shape_of(t) + ", the parameter " +
-                                shape_of(param) + "; load a state_dict of this very model, or " +
-                                "delete the state to start it anew");
+    throw std::invalid_argument(
+        tensor_name(rule, i) + " has shape " + shape_of(t) + ", the parameter " + shape_of(param) +
+        "; load a state_dict of this very model, or " + "delete the state to start it anew");
   }
   if (t.device.device_type != param.device.device_type ||
       t.device.device_id != param.device.device_id) {
-    throw std::invalid_argument(tensor_name(rule, i) + " is on another device than the parameter; move it with " +
+    throw std::invalid_argument(tensor_name(rule, i) +
+                                " is on another device than the parameter; move it with " +
                                 "optimizer.load_state_dict(optimizer.state_dict())");
   }
   if (!is_supported(t.dtype) || is_complex(t) != is_complex(param) ||
       (dtype_of(t.dtype) == DType::kFloat64) != (dtype_of(param.dtype) == DType::kFloat64)) {
     throw std::invalid_argument(
-        tensor_name(rule, i) + " has a dtype that does not go with the parameter's " + name_of(param.dtype) +
+        tensor_name(rule, i) + " has a dtype that does not go with the parameter's " +
+        name_of(param.dtype) +
         "; use the parameter's dtype (float32, bfloat16 and float16 mix freely)");
   }
 }
@@ -221,6 +223,7 @@ void add_slot(std::vector<Table>& tables, const RuleInfo& rule, const Tensors& t
   slot.fresh = fresh;
   for (int i = 0; i < count; ++i) {
     slot.data[i] = static_cast<char*>(tensors.at[i].data) + tensors.at[i].byte_offset;
+    __builtin_prefetch(slot.data[i]);  // used soon, and in a step on many small tensors not cached
   }
   if (rule.counts_steps) {
     slot.step = static_cast<char*>(tensors.step.data) + tensors.step.byte_offset;

@@ -59,7 +59,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: a gradient or a state does not fit its parameter; nothing has been changed.
         """
-        self._accelerator_graph_capture_health_check()
+        if "capturable" in self.defaults:  # as torch, which SGD does without
+            self._accelerator_graph_capture_health_check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -198,8 +199,9 @@ def _memory(param: Tensor, tensor: Tensor) -> Tensor | str:
             param.device_mesh,
             param.placements,
         ):
-            return "a gradient or state DTensor is sharded differently than its parameter"
-        return tensor._local_tensor
+            return "a DTensor is sharded differently than its parameter"
+        with torch.no_grad():
+            tensor = tensor.to_local()  # waits for a gradient still on its way
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"{type(tensor).__name__} is a tensor subclass without memory of its own"
     return tensor

@@ -17,12 +17,13 @@ from test_contract import (
     assert_agrees_with_torch,
     assert_equal,
     every_optimizer,
+    native_only,
     pair,
     parameters,
     snapshot,
 )
 
-pytestmark = pytest.mark.filterwarnings("error:.* steps through torch.optim:UserWarning")
+pytestmark = native_only
 
 # --- Learning-rate schedulers -----------------------------------------------------------------
 

@@ -13,9 +13,9 @@ from torch.nn import Parameter
 
 import fastopt
 from cases import BFLOAT16, CHUNK, FLOAT32, Case
-from test_contract import assert_equal, every_optimizer, snapshot, train
+from test_contract import assert_equal, every_optimizer, native_only, snapshot, train
 
-pytestmark = pytest.mark.filterwarnings("error:.* steps through torch.optim:UserWarning")
+pytestmark = native_only
 
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, forks")
 
@@ -153,15 +153,14 @@ def test_other_python_threads_run_while_a_step_computes():
 @only_linux
 def test_one_openmp_runtime_is_mapped():
     program = """
-import torch, fastopt
+import re, torch, fastopt
 param = torch.nn.Parameter(torch.ones(1 << 20))
 param.grad = torch.ones_like(param)
 torch.set_num_threads(2)
 fastopt.AdamW([param]).step()
 for line in open("/proc/self/maps"):
-    path = line.split(maxsplit=5)[5:]
-    if path and ("omp" in path[0].rsplit("/", 1)[-1]):
-        print(path[0].strip())
+    if re.search(r"/lib[gi]?omp[^/]*$", line):
+        print(line.split()[-1])
 """
     listed = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
@@ -173,21 +172,26 @@ for line in open("/proc/self/maps"):
 # --- Across a fork ----------------------------------------------------------------------------
 
 
+FORKED = Case("AdamW", "everything", FLOAT32, "sizes")
+
+
+def lists(optimizer: torch.optim.Optimizer) -> dict[str, list[float]]:
+    """Tensors would travel between processes through shared memory."""
+    return {key: value.tolist() for key, value in snapshot(optimizer).items()}
+
+
 def train_in_a_worker(optimizer: torch.optim.Optimizer, count: int, results) -> None:
     torch.set_num_threads(count)
-    train(WORKERS_CASE, optimizer, range(1, 3))
-    results.send({key: value.tolist() for key, value in snapshot(optimizer).items()})
-
-
-WORKERS_CASE = Case("AdamW", "everything", FLOAT32, "sizes")
+    train(FORKED, optimizer, range(1, 3))
+    results.send(lists(optimizer))
 
 
 @only_linux
 @pytest.mark.parametrize("count", [1, 2])
 def test_forked_process_steps_after_its_parent_has(count):
     """One thread is what torch's DataLoader sets in its workers."""
-    optimizer = WORKERS_CASE.make_optimizer(WORKERS_CASE.parameters(), fastopt)
-    train(WORKERS_CASE, optimizer, range(1))
+    optimizer = FORKED.make_optimizer(FORKED.parameters(), fastopt)
+    train(FORKED, optimizer, range(1))
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     worker = context.Process(target=train_in_a_worker, args=(optimizer, count, sender))
@@ -198,9 +202,8 @@ def test_forked_process_steps_after_its_parent_has(count):
     finally:
         worker.kill()
         worker.join()
-    train(WORKERS_CASE, optimizer, range(1, 3))
-    of_the_parent = {key: value.tolist() for key, value in snapshot(optimizer).items()}
-    assert of_the_worker == of_the_parent
+    train(FORKED, optimizer, range(1, 3))
+    assert of_the_worker == lists(optimizer)
 
 
 class Inputs(torch.utils.data.Dataset):

@@ -31,7 +31,8 @@ InstructionSet choose() {
       __builtin_cpu_supports("avx512vl")) {
     return {"avx512", apply_avx512};
   }
-  if (allowed("avx2") && __builtin_cpu_supports("avx2")) return {"avx2", apply_avx2};
+  if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return {"avx2", apply_avx2};
 #endif
   return {"baseline", apply_baseline};
 }

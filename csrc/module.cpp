@@ -211,6 +211,22 @@ void collect(py::handle param_group, int group, std::vector<Member>& members) {
   }
 }
 
+// torch only warns of a parameter given twice and steps it twice; threads must not do so at once.
+bool has_duplicates(const std::vector<Member>& members) {
+  size_t size = 16;
+  while (size < 2 * members.size()) size *= 2;
+  std::vector<PyObject*> table(size);  // open addressing: a few ns a parameter
+  for (const Member& member : members) {
+    PyObject* const param = member.param.ptr();
+    size_t at = (reinterpret_cast<uintptr_t>(param) >> 4) * 0x9E3779B97F4A7C15u % size;
+    for (; table[at]; at = (at + 1) % size) {
+      if (table[at] == param) return true;
+    }
+    table[at] = param;
+  }
+  return false;
+}
+
 std::string param_name(py::handle param_group, const Member& member) {
   if (param_group.contains("param_names")) {
     const py::sequence param_names = param_group["param_names"];
@@ -249,6 +265,7 @@ class Step {
       groups_.push_back(read_options(rule_index_, param_group));
       collect(param_group, group, members_);
     }
+    if (has_duplicates(members_)) throw NotOurs{"a parameter is given twice"};
     for (Member& member : members_) find_states(member);
     for (size_t i = 0; i < members_.size(); ++i) {
       if (i + 4 < members_.size()) prefetch_all(members_[i + 4], Ahead::kTensor);

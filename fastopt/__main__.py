@@ -77,7 +77,8 @@ def report() -> dict[str, Any]:
 def describe(found: dict[str, Any]) -> str:
     lines = [
         f"fastopt {found['fastopt']}, torch {found['torch']}, Python {found['python']}",
-        f"built with {found['built']}; runs {found['instruction_set']} on {found['threads']} threads",
+        f"built with {found['built']}",
+        f"runs {found['instruction_set']} code on {found['threads']} threads",
         *(f"OpenMP: {path}" for path in found["openmp"] or ()),
         *(f"backend {name}: {why or 'usable'}" for name, why in found["backends"].items()),
         *(f"self-test {name}: {why or 'agrees'}" for name, why in found["self_test"].items()),

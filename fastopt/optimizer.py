@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor  # type: ignore[attr-defined]
 
 from fastopt import _C
 
 Backend = Literal["cpu", "cuda", "triton", "torch"]
+
+# What the method is called in torch 2.10, then since.
+_GRAPH_CAPTURE_CHECK = (
+    "_accelerator_graph_capture_health_check"
+    if hasattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check")
+    else "_cuda_graph_capture_health_check"
+)
+
+# torch.compile breaks the graph here instead of trying to trace native code.
+_opaque_step = torch.compiler.disable(_C.step)  # type: ignore[no-untyped-call]
 
 
 def backends() -> dict[str, str | None]:
@@ -59,8 +69,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: a gradient or a state does not fit its parameter; nothing has been changed.
         """
-        if "capturable" in self.defaults:  # as torch, which SGD does without
-            self._accelerator_graph_capture_health_check()
+        if "capturable" in self.defaults:  # torch's SGD does not check
+            getattr(self, _GRAPH_CAPTURE_CHECK)()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -68,7 +78,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         reason = self._asked_for_torch()
         if reason is None:
-            reason = _C.step(
+            native_step = _opaque_step if torch.compiler.is_compiling() else _C.step
+            reason = native_step(
                 self._rule,
                 self.param_groups,
                 self.state,
@@ -194,14 +205,15 @@ def _memory(param: Tensor, tensor: Tensor) -> Tensor | str:
 
     A DTensor's is its local shard.
     """
-    if isinstance(tensor, DTensor):
-        if not isinstance(param, DTensor) or (tensor.device_mesh, tensor.placements) != (
-            param.device_mesh,
-            param.placements,
+    distributed = sys.modules.get("torch.distributed.tensor")  # loaded where there are DTensors
+    if distributed is not None and isinstance(tensor, distributed.DTensor):
+        if not isinstance(param, distributed.DTensor) or (
+            (tensor.device_mesh, tensor.placements) != (param.device_mesh, param.placements)
         ):
             return "a DTensor is sharded differently than its parameter"
-        with torch.no_grad():
-            tensor = tensor.to_local()  # waits for a gradient still on its way
+        tensor = tensor._local_tensor
+    if hasattr(tensor, "wait"):  # AsyncCollectiveTensor: its values are still on their way
+        tensor = tensor.wait()
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"{type(tensor).__name__} is a tensor subclass without memory of its own"
     return tensor

@@ -194,11 +194,15 @@ void apply(const Work& work) {
   static_assert(sizeof(Scalars) <= kScalarBytes);
   auto* const scalars = static_cast<Scalars*>(work.scalars);
   advance<Rule, T>(work, scalars);
-  const int threads = work.numel < kSerial ? 1 : work.threads;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < work.chunk_count; ++i) {
+  const auto update_at = [&](int64_t i) {
     update_chunk<Rule, kStates, T>(work, scalars[work.chunks[i].slot], work.chunks[i]);
+  };
+  if (work.threads == 1 || work.numel < kSerial) {  // without the OpenMP runtime at all
+    for (int64_t i = 0; i < work.chunk_count; ++i) update_at(i);
+    return;
   }
+#pragma omp parallel for schedule(dynamic) num_threads(work.threads)
+  for (int64_t i = 0; i < work.chunk_count; ++i) update_at(i);
 }
 
 template <class Rule, class T, int kStates = Rule::kFewestStates>

@@ -1,4 +1,7 @@
 // Picks, once, the copy of apply.cpp that suits this processor.
+#include <pthread.h>
+
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -42,6 +45,16 @@ const InstructionSet& chosen() {
   return set;
 }
 
+// A forked child has its parent's OpenMP runtime without the threads, and would wait for them.
+std::atomic<bool> used_threads{false}, lost_threads{false};
+
+int usable_threads(int threads) {
+  if (threads > 1 && !used_threads.exchange(true)) {
+    pthread_atfork(nullptr, nullptr, [] { lost_threads = true; });
+  }
+  return lost_threads ? 1 : threads;
+}
+
 }  // namespace
 
 const char* instruction_set() { return chosen().name; }
@@ -52,7 +65,7 @@ void apply(int rule, const Table& table, const Group* groups, float grad_scale, 
   chosen().apply({rule, table.states, table.dtype, table.step_dtype, groups, table.slots.data(),
                   static_cast<int64_t>(table.slots.size()), table.chunks.data(),
                   static_cast<int64_t>(table.chunks.size()), table.layouts.data(), table.numel,
-                  scalars.get(), grad_scale, threads});
+                  scalars.get(), grad_scale, usable_threads(threads)});
 }
 
 }  // namespace fastopt

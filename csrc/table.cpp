@@ -18,6 +18,7 @@ RuleInfo describe() {
   return {Rule::kName,
           {std::begin(Rule::kOptions), std::end(Rule::kOptions)},
           {std::begin(Rule::kStates), std::end(Rule::kStates)},
+          sizeof(typename Rule::Options) / sizeof(double),
           Rule::kCountsSteps,
           [](const double* values) {
             typename Rule::Options options;

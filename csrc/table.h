@@ -15,6 +15,7 @@ namespace fastopt {
 struct RuleInfo {
   std::string name;
   std::vector<const char*> options, states;
+  int option_values;  // numbers the options hold together
   bool counts_steps;
   int (*states_used)(const double* options);
 };

@@ -11,7 +11,7 @@ import torch
 
 import fastopt
 from cases import BFLOAT16, CASES, FLOAT32, FLOAT64, Case, state_names
-from test_contract import (
+from helpers import (
     FALLBACK,
     assert_agrees_with_torch,
     assert_equal,

@@ -23,65 +23,22 @@ from torch.testing import assert_close
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastopt
-from cases import COMPLEX64, FLOAT32, FLOAT64, OPTIONS, UNIFORM, Case, state_names
+from cases import COMPLEX64, FLOAT32, FLOAT64, UNIFORM, Case, state_names
+from helpers import (
+    ASKED_FOR_TORCH,
+    assert_agrees_with_torch,
+    assert_equal,
+    every_optimizer,
+    pair,
+    parameters,
+    snapshot,
+    train,
+)
 
-every_optimizer = pytest.mark.parametrize("name", OPTIONS)
-
-# For the other files: there, torch's step in place of ours is an error unless it is expected.
-FALLBACK = ".* steps through torch.optim"
-native_only = pytest.mark.filterwarnings(f"error:{FALLBACK}:UserWarning")
-
-# Ways to ask for the stock implementation, each with what asks torch itself for the same.
-ASKED_FOR_TORCH = {
-    "fused=False": ({"fused": False}, {"fused": False}),
-    "foreach=True": ({"foreach": True}, {"foreach": True}),
-    "differentiable=True": ({"differentiable": True}, {"differentiable": True}),
-    "backend=torch": ({"backend": "torch"}, {}),
-    "backend=torch fused": ({"backend": "torch", "fused": True}, {"fused": True}),
-}
 ENGINES = {"native": {}, "native fused=True": {"fused": True}} | {
     way: ours for way, (ours, _) in ASKED_FOR_TORCH.items()
 }
 every_engine = pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
-
-
-def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
-
-
-def train(case: Case, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    """Steps whose gradients depend on nothing but the step's number."""
-    for step in steps:
-        case.set_gradients(parameters(optimizer), step)
-        optimizer.step()
-
-
-def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Copies of all parameters and their states, named so that two optimizers can be compared."""
-    copies = {}
-    for i, param in enumerate(parameters(optimizer)):
-        copies[f"{i}.param"] = param.detach().clone()
-        for key, value in optimizer.state.get(param, {}).items():
-            copies[f"{i}.{key}"] = copy.deepcopy(value)
-    return copies
-
-
-def assert_equal(actual: Any, expected: Any) -> None:
-    assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
-
-
-def assert_agrees_with_torch(ours: torch.optim.Optimizer, stock: torch.optim.Optimizer) -> None:
-    """Of float64 parameters: the two engines differ only in the order of rounding."""
-    assert_close(snapshot(ours), snapshot(stock), rtol=1e-12, atol=1e-14)
-
-
-def pair(case: Case, ours: dict[str, Any] | None = None, stock: dict[str, Any] | None = None):
-    """The same optimizer twice over equal parameters: ours and torch's for-loop."""
-    loop = {"foreach": False, "fused": False} if stock is None else stock
-    return (
-        case.make_optimizer(case.parameters(), fastopt, **(ours or {})),
-        case.make_optimizer(case.parameters(), torch.optim, **loop),
-    )
 
 
 @pytest.fixture
@@ -302,15 +259,22 @@ def test_step_takes_what_torchs_step_takes(name):
     )
 
 
+def after_torchs(name: str, engine: dict[str, Any]) -> tuple[Tensor, torch.optim.Optimizer]:
+    """A parameter with a gradient and its optimizer, made when torch's own class has been used.
+
+    torch wraps `step` of a class in its profile hook when the class is first instantiated: a
+    fallback that calls the wrapped one would fire every hook twice.
+    """
+    getattr(torch.optim, name)([torch.nn.Parameter(torch.ones(1))])
+    param = torch.ones(1)
+    param.grad = torch.ones(1)
+    return param, getattr(fastopt, name)([param], **engine)
+
+
 @every_optimizer
 @every_engine
 def test_hooks_fire_once_and_in_torchs_order(name, engine):
-    # torch wraps `step` of a class in its profile hook when the class is first instantiated:
-    # a fallback that calls the wrapped one would fire every hook twice.
-    getattr(torch.optim, name)([torch.nn.Parameter(torch.ones(1))])
-    param = torch.ones(1)
-    optimizer = getattr(fastopt, name)([param], **engine)
-    param.grad = torch.ones(1)
+    param, optimizer = after_torchs(name, engine)
     events = []
 
     def recorder(event):
@@ -340,10 +304,7 @@ def test_hooks_fire_once_and_in_torchs_order(name, engine):
 @every_optimizer
 @every_engine
 def test_profiler_sees_one_step(name, engine):
-    getattr(torch.optim, name)([torch.nn.Parameter(torch.ones(1))])
-    param = torch.ones(1)
-    optimizer = getattr(fastopt, name)([param], **engine)
-    param.grad = torch.ones(1)
+    _, optimizer = after_torchs(name, engine)
     with torch.profiler.profile() as profile:
         optimizer.step()
     counts = {event.key: event.count for event in profile.key_averages()}

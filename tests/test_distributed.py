@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 import fastopt
-from test_contract import FALLBACK, assert_equal, every_optimizer, native_only
+from helpers import FALLBACK, assert_equal, every_optimizer, native_only
 
 pytestmark = native_only
 

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, up
 
 import fastopt
 from cases import FLOAT64, Case
-from test_contract import (
+from helpers import (
     assert_agrees_with_torch,
     assert_equal,
     every_optimizer,

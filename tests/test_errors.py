@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 import fastopt
 from cases import BFLOAT16, COMPLEX64, FLOAT32, FLOAT64, Case, state_names
-from test_contract import assert_equal, every_optimizer, parameters, snapshot, train
+from helpers import assert_equal, every_optimizer, parameters, snapshot, train
 
 # --- The constructor --------------------------------------------------------------------------
 

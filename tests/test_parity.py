@@ -4,26 +4,15 @@ import pytest
 import torch
 
 import fastopt
-from cases import (
-    CASES,
-    FLOAT32,
-    OPTIONS,
-    UNIFORM,
-    Case,
-    Oracle,
-    assert_same_tensors,
-    tensors_of,
-    wide,
-)
+from cases import CASES, FLOAT32, OPTIONS, UNIFORM, Case
+from helpers import LAST_DIGITS, assert_agrees_with_torch, tensors_of, train
+from oracle import Oracle, wide
 
 DOUBLE = (torch.float64, torch.complex128)
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 DOUBLE_CASES = [case for case in CASES if case.dtypes.param in DOUBLE]
 
 STEPS = 4
-
-# room for another order of operations, none for another formula
-LAST_DIGITS = {"rtol": 1e-12, "atol": 1e-15}
 
 
 def of(cases):
@@ -45,14 +34,11 @@ def has_forloop(case):
 
 @of([case for case in DOUBLE_CASES if has_forloop(case)])
 def test_float64_matches_forloop(case):
-    ours, torchs = case.parameters(), case.parameters()
-    optimizer, reference = case.make_optimizer(ours, fastopt), forloop(case, torchs)
-    for step in range(STEPS):
-        case.set_gradients(ours, step)
-        case.set_gradients(torchs, step)
-        optimizer.step()
-        reference.step()
-    assert_same_tensors(optimizer, reference, **LAST_DIGITS)
+    optimizer = case.make_optimizer(case.parameters(), fastopt)
+    reference = forloop(case, case.parameters())
+    train(case, optimizer, range(STEPS))
+    train(case, reference, range(STEPS))
+    assert_agrees_with_torch(optimizer, reference)
 
 
 def assert_follows_oracle(case, optimizer, params):

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 import fastopt
 from cases import BFLOAT16, CHUNK, FLOAT32, Case
-from test_contract import assert_equal, every_optimizer, native_only, snapshot, train
+from helpers import assert_equal, every_optimizer, native_only, snapshot, train
 
 pytestmark = native_only
 

@@ -52,9 +52,10 @@ struct Adam {
     T& v = s[1];
     g *= k.sign;
     p *= k.decay;
-    if (k.l2 != T(0)) g += k.l2 * p;  // no 0 * inf: without decay an infinite p stays infinite
+    if (k.l2 != T(0))
+      g = multiply_add(k.l2, p, g);  // no 0 * inf: without decay an infinite p stays infinite
     m = lerp(m, g, k.weight1);
-    v = multiply_add(k.beta2, v, k.weight2 * g * g);
+    v = multiply_add(k.weight2 * g, g, k.beta2 * v);
     if constexpr (kStates == 3) s[2] = maximum(s[2], v);
     const T denominator = square_root(s[kStates - 1]) / k.root_correction2 + k.eps;
     p -= k.step_size * m / denominator;

@@ -46,13 +46,15 @@ struct SGD {
   template <class T, int kStates>
   FASTOPT_RULE static void update(const Scalars<T>& k, T& p, T g, T* s) {
     g *= k.sign;
-    if (k.l2 != T(0)) g += k.l2 * p;
+    if (k.l2 != T(0)) g = multiply_add(k.l2, p, g);
     if constexpr (kStates == 1) {
       T& b = s[0];
-      b = k.first ? g : k.momentum * b + k.weight * g;  // dampening spares the first gradient
-      g = k.nesterov ? g + k.momentum * b : b;
+      b = k.first
+              ? g
+              : multiply_add(k.weight, g, k.momentum * b);  // dampening spares the first gradient
+      g = k.nesterov ? multiply_add(k.momentum, b, g) : b;
     }
-    p -= k.lr * g;
+    p = multiply_add(-k.lr, g, p);
   }
 };
 

@@ -44,11 +44,13 @@ format: install  ## format Python and C++
 bench: install  ## time one step of every optimizer and workload (ARGS=...)
 	$(RUN) bench/step.py $(ARGS)
 
+# Run from the folder of the sanitized build, which python -m puts before the installed one.
+SANITIZERS := $(foreach lib,asan ubsan stdc++,$(shell c++ -print-file-name=lib$(lib).so))
 sanitize: install  ## run the numeric tests on a core built with AddressSanitizer and UBSan
 	FASTOPT_SANITIZE=ON $(RUN) -m pip install -q --target build/sanitize --no-deps --upgrade .
-	$(PATIENT) PYTHONPATH=build/sanitize LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so) $$(c++ -print-file-name=libstdc++.so.6)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(RUN) -m pytest -q tests/test_layouts.py tests/test_parity.py tests/test_errors.py $(ARGS)
+	cd build/sanitize && $(PATIENT) LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
+	  UBSAN_OPTIONS=print_stacktrace=1 ../../$(RUN) -m pytest -q -p no:cacheprovider \
+	  $(addprefix ../../tests/test_,layouts.py errors.py parity.py)
 
 wheel: install  ## build a wheel, isolated, into dist/
 	$(RUN) -m pip wheel -q --no-deps -w dist .

@@ -156,10 +156,10 @@ void prefetch(PyObject* object, Ahead ahead) {
   for (int line = 0; line < 4; ++line) __builtin_prefetch(address + 64 * line);
 }
 
-// Conjugation or negation is pending: a flag on a view, which DLPack does not pass on. On real
-// tensors only .imag of a conjugate has it, and that is not contiguous.
+// Conjugation or negation is pending: a flag on a view, which DLPack does not pass on. A real tensor
+// has it only as .imag of a conjugate, whose last stride is 2.
 bool is_lazy(py::handle tensor, const DLTensor& t) {
-  if (t.dtype.code != kDLComplex && (t.ndim == 0 || t.strides[t.ndim - 1] == 1)) return false;
+  if (t.dtype.code != kDLComplex && t.ndim > 0 && t.strides[t.ndim - 1] == 1) return false;
   return tensor.attr("is_conj")().cast<bool>() || tensor.attr("is_neg")().cast<bool>();
 }
 
@@ -234,13 +234,14 @@ void collect(py::handle param_group, int group, std::vector<Member>& members) {
 
 // torch only warns of a parameter given twice and steps it twice; threads must not do so at once.
 bool has_duplicates(const std::vector<Member>& members) {
-  size_t size = 16;
-  while (size < 2 * members.size()) size *= 2;
-  std::vector<PyObject*> table(size);  // open addressing: a few ns a parameter
+  int bits = 4;
+  while ((size_t{1} << bits) < 2 * members.size()) ++bits;
+  const size_t mask = (size_t{1} << bits) - 1;
+  std::vector<PyObject*> table(mask + 1);  // open addressing: a few ns a parameter
   for (const Member& member : members) {
     PyObject* const param = member.param.ptr();
-    size_t at = (reinterpret_cast<uintptr_t>(param) >> 4) * 0x9E3779B97F4A7C15u % size;
-    for (; table[at]; at = (at + 1) % size) {
+    size_t at = reinterpret_cast<uintptr_t>(param) * 0x9E3779B97F4A7C15u >> (64 - bits);
+    for (; table[at]; at = (at + 1) & mask) {
       if (table[at] == param) return true;
     }
     table[at] = param;

@@ -67,7 +67,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             What ``closure`` returned, or None.
 
         Raises:
-            ValueError: a gradient or a state does not fit its parameter; nothing has been changed.
+            ValueError: a gradient or a state does not fit its parameter.
+            RuntimeError: the backend asked for by name cannot step on these tensors.
+                Either way nothing has been changed.
         """
         if "capturable" in self.defaults:  # torch's SGD does not check
             getattr(self, _GRAPH_CAPTURE_CHECK)()
@@ -91,6 +93,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
             if reason is None:
                 return loss
+            if self._backend is not None:
+                raise RuntimeError(f"backend={self._backend!r} cannot make this step: {reason}")
         self._tell(reason)
         self._torch_step()
         return loss
@@ -99,21 +103,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._backend == "torch":
             return "backend='torch'"
         for group in self.param_groups:
-            if group["fused"] is False or group["foreach"] or group["differentiable"]:
+            if _chooses_torch(group):
                 flags = {name: group[name] for name in ("fused", "foreach", "differentiable")}
                 return f"a param group has {flags}"
         return None
 
     def _tell(self, reason: str) -> None:
         """Warn once that torch makes the step, unless the constructor's arguments asked for it."""
-        asked = self.defaults
-        if (
-            reason in self._fallbacks
-            or self._backend == "torch"
-            or asked["fused"] is False
-            or asked["foreach"]
-            or asked["differentiable"]
-        ):
+        asked = self._backend == "torch" or _chooses_torch(self.defaults)
+        if asked or reason in self._fallbacks:
             return
         self._fallbacks |= {reason}
         name = type(self).__name__
@@ -194,6 +192,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _chooses_torch(options: dict[str, Any]) -> bool:
+    return options["fused"] is False or options["foreach"] or options["differentiable"]
 
 
 def _is_wider(dtype: torch.dtype, than: torch.dtype) -> bool:

@@ -1,4 +1,4 @@
-"""The one table of cases that tests and benchmarks share.
+"""The one table of cases that the tests share.
 
 A case is (optimizer, options, dtypes, layout): `options` names keyword arguments in OPTIONS and
 `layout` names shapes and places in memory in LAYOUTS.

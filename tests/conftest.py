@@ -1,4 +1,7 @@
-"""What every test starts from: a seed, two threads, bounded hypothesis runs, a GPU if it asks."""
+"""What every test starts from: a seed, two threads, bounded hypothesis runs, a GPU if it asks.
+
+In CI nothing but a GPU may be missing: any other skip is a failure.
+"""
 
 import os
 
@@ -6,9 +9,11 @@ import pytest
 import torch
 from hypothesis import settings
 
+IN_CI = bool(os.environ.get("CI"))
+
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60)
 settings.register_profile("dev", deadline=None, max_examples=60, print_blob=True)
-settings.load_profile("ci" if os.environ.get("CI") else "dev")
+settings.load_profile("ci" if IN_CI else "dev")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -25,3 +30,22 @@ def _seed():
 def _skip_without_gpu(request):
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+def _fail_in_ci_if_skipped(report, node):
+    is_xfail = hasattr(report, "wasxfail")  # pytest reports those as skipped, too
+    if IN_CI and report.skipped and not is_xfail and not node.get_closest_marker("gpu"):
+        _, _, why = report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"in CI only GPU tests may be skipped: {why}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    return _fail_in_ci_if_skipped((yield), item)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    return _fail_in_ci_if_skipped((yield), collector)

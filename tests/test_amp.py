@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -66,21 +67,33 @@ def train_scaled(
         scaler.update()
 
 
-# --- Through GradScaler -----------------------------------------------------------------------
+def train_by_hand(case: Case, optimizer: Optimizer, steps: range, scale: float = SCALE) -> None:
+    """On scaled gradients without a scaler: the optimizer has been told what it must know."""
+    for step in steps:
+        set_scaled_gradients(case, optimizer, step, scale=scale)
+        optimizer.step()
+
+
+def assert_as_if_never_scaled(case: Case, scaled: Optimizer, steps: range, **engine: Any) -> None:
+    """Bit for bit: a power of two scales without rounding."""
+    plain = case.make_optimizer(case.parameters(), fastopt, **engine)
+    train(case, plain, steps)
+    assert_equal(snapshot(scaled), snapshot(plain))
+
+
+# Through GradScaler.
 
 
 @every_optimizer
 @pytest.mark.parametrize("dtypes", [FLOAT32, FLOAT16, BFLOAT16, *MIXED], ids=str)
 def test_scaled_training_is_plain_training_bit_for_bit(name, dtypes):
-    """A power of two scales without rounding."""
     case = Case(name, "everything", dtypes, "sizes")
-    scaled, plain = (case.make_optimizer(case.parameters(), fastopt) for _ in range(2))
+    scaled = case.make_optimizer(case.parameters(), fastopt)
     # float16 gradients have no room for more.
     scaler = prepared(make_scaler())
     scaler.update(8.0)
     train_scaled(case, scaled, scaler, range(3))
-    train(case, plain, range(3))
-    assert_equal(snapshot(scaled), snapshot(plain))
+    assert_as_if_never_scaled(case, scaled, range(3))
 
 
 @every_optimizer
@@ -204,7 +217,7 @@ def test_autocast_training_goes_as_with_torch(name):
     torch.testing.assert_close(ours, losses(torch.optim), rtol=2**-8, atol=0)
 
 
-# --- grad_scale and found_inf set by hand -----------------------------------------------------
+# grad_scale and found_inf set by hand.
 
 
 @every_optimizer
@@ -219,8 +232,7 @@ def test_any_found_inf_but_zero_skips(name, found_inf):
     train(case, optimizer, range(2))
     before = snapshot(optimizer)
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(SCALE), found_inf
-    set_scaled_gradients(case, optimizer, 2)
-    optimizer.step()
+    train_by_hand(case, optimizer, range(2, 3))
     assert_equal(snapshot(optimizer), before)
 
 
@@ -230,13 +242,10 @@ def test_any_found_inf_but_zero_skips(name, found_inf):
 )
 def test_found_inf_of_zero_steps(name, found_inf):
     case = Case(name, "everything", FLOAT32, "sizes")
-    scaled, plain = (case.make_optimizer(case.parameters(), fastopt) for _ in range(2))
+    scaled = case.make_optimizer(case.parameters(), fastopt)
     scaled.grad_scale, scaled.found_inf = torch.tensor(SCALE), found_inf
-    for step in range(2):
-        set_scaled_gradients(case, scaled, step)
-        scaled.step()
-    train(case, plain, range(2))
-    assert_equal(snapshot(scaled), snapshot(plain))
+    train_by_hand(case, scaled, range(2))
+    assert_as_if_never_scaled(case, scaled, range(2))
 
 
 @every_optimizer
@@ -244,20 +253,17 @@ def test_found_inf_of_zero_steps(name, found_inf):
 @pytest.mark.parametrize("dtypes", [*UNIFORM, *MIXED], ids=str)
 def test_grad_scale_set_by_the_user_is_honoured_without_a_scaler(name, grad_scale, dtypes):
     case = Case(name, "everything", dtypes, "sizes")
-    scaled, plain = (case.make_optimizer(case.parameters(), fastopt) for _ in range(2))
+    scaled = case.make_optimizer(case.parameters(), fastopt)
     scaled.grad_scale = grad_scale
-    for step in range(2):
-        set_scaled_gradients(case, scaled, step, scale=4.0)
-        scaled.step()
-    train(case, plain, range(2))
-    assert_equal(snapshot(scaled), snapshot(plain))
+    train_by_hand(case, scaled, range(2), scale=4.0)
+    assert_as_if_never_scaled(case, scaled, range(2))
 
 
 @every_optimizer
 @pytest.mark.parametrize("unscale_first", [False, True])
 def test_grad_scale_set_by_the_user_is_honoured_with_a_scaler(name, unscale_first):
     case = Case(name, "everything", FLOAT32, "sizes")
-    scaled, plain = (case.make_optimizer(case.parameters(), fastopt) for _ in range(2))
+    scaled = case.make_optimizer(case.parameters(), fastopt)
     scaler = prepared(make_scaler())
     for step in range(2):
         scaled.grad_scale = torch.tensor(4.0)
@@ -266,11 +272,10 @@ def test_grad_scale_set_by_the_user_is_honoured_with_a_scaler(name, unscale_firs
             scaler.unscale_(scaled)
         scaler.step(scaled)
         scaler.update()
-    train(case, plain, range(2))
-    assert_equal(snapshot(scaled), snapshot(plain))
+    assert_as_if_never_scaled(case, scaled, range(2))
 
 
-# --- What the optimizer tells GradScaler ------------------------------------------------------
+# What the optimizer tells GradScaler.
 
 
 @every_optimizer
@@ -302,7 +307,7 @@ def test_stock_step_does_not_support_amp_scaling(name, engine):
     assert not optimizer._step_supports_amp_scaling
 
 
-# --- Fallbacks --------------------------------------------------------------------------------
+# Fallbacks.
 
 
 @every_optimizer
@@ -361,14 +366,9 @@ def test_groups_of_both_engines_are_scaled_once(name, engine):
 @every_optimizer
 def test_fallback_honours_and_keeps_what_the_user_set(name):
     case = Case(name, "default", FLOAT32, "sizes")
-    scaled, plain = (
-        case.make_optimizer(case.parameters(), fastopt, backend="torch") for _ in range(2)
-    )
+    scaled = case.make_optimizer(case.parameters(), fastopt, backend="torch")
     scaled.grad_scale = torch.tensor(SCALE)
-    for step in range(2):
-        set_scaled_gradients(case, scaled, step)
-        scaled.step()
-    train(case, plain, range(2))
-    assert_equal(snapshot(scaled), snapshot(plain))
+    train_by_hand(case, scaled, range(2))
+    assert_as_if_never_scaled(case, scaled, range(2), backend="torch")
     assert scaled.grad_scale == SCALE
     assert not hasattr(scaled, "found_inf")

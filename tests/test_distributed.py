@@ -68,7 +68,7 @@ def assert_close_to_torch(name: str, ours: torch.nn.Module, steps: range) -> Non
     torch.testing.assert_close(wholes(ours), wholes(stock), rtol=1e-10, atol=1e-12)
 
 
-# --- One process ------------------------------------------------------------------------------
+# One process.
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_distributed_checkpoint_goes_between_fastopt_and_torch(name, writer, rea
     assert_close_to_torch(name, resumed, range(6))
 
 
-# --- Two processes ----------------------------------------------------------------------------
+# Two processes.
 
 WORLD = 2
 

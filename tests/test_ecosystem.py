@@ -25,7 +25,7 @@ from helpers import (
 
 pytestmark = native_only
 
-# --- Learning-rate schedulers -----------------------------------------------------------------
+# Learning-rate schedulers.
 
 SCHEDULERS = {
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
@@ -112,7 +112,7 @@ def test_scheduled_training_resumes_bit_for_bit(name):
     assert_equal(snapshot(resumed[0]), snapshot(straight[0]))
 
 
-# --- Averaging and clipping -------------------------------------------------------------------
+# Averaging and clipping.
 
 
 def make_model(dtype: torch.dtype = torch.float64) -> torch.nn.Module:
@@ -154,7 +154,7 @@ def test_averaged_training_agrees_with_torch(name, averaging):
     torch.testing.assert_close(averaged(fastopt), averaged(torch.optim), rtol=1e-10, atol=1e-12)
 
 
-# --- Accelerate -------------------------------------------------------------------------------
+# Accelerate.
 
 
 @pytest.fixture
@@ -238,7 +238,7 @@ def test_accelerate_saves_and_loads_in_mid_run_bit_for_bit(name, accelerator, tm
     assert_equal(its_optimizer.state_dict(), optimizer.state_dict())
 
 
-# --- Hugging Face Trainer ---------------------------------------------------------------------
+# Hugging Face Trainer.
 
 
 class Sentences(torch.utils.data.Dataset):

@@ -13,7 +13,7 @@ import fastopt
 from cases import BFLOAT16, COMPLEX64, FLOAT32, FLOAT64, Case, state_names
 from helpers import assert_equal, every_optimizer, parameters, snapshot, train
 
-# --- The constructor --------------------------------------------------------------------------
+# The constructor.
 
 
 def one() -> list[Parameter]:
@@ -163,7 +163,7 @@ def test_usable_backends_are_accepted(name):
         getattr(fastopt, name)(one(), backend=backend)
 
 
-# --- A step that raises -----------------------------------------------------------------------
+# A step that raises.
 
 
 def _misshape_state(optimizer: Optimizer, param: Parameter) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch.nn import Parameter
 
 import fastopt
-from cases import CHUNK, channels_last, contiguous, every_second, transposed, unaligned
+from cases import CHUNK, channels_last, contiguous, every_second, state_names, transposed, unaligned
 from helpers import (
     assert_refused,
     assert_same_tensors,
@@ -106,8 +106,7 @@ def test_state_overlapping_itself_is_refused(name):
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer.step()
-    key = "momentum_buffer" if name == "SGD" else "exp_avg"
-    optimizer.state[params[1]][key] = torch.ones(3).expand(4, 3)
+    optimizer.state[params[1]][state_names(optimizer)[0]] = torch.ones(3).expand(4, 3)
     assert_refused(optimizer, "parameter 1 of group 0")
 
 

@@ -9,11 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastopt
-from cases import CHUNK, channels_last, contiguous, every_second, transposed, unaligned
-from helpers import assert_equal, assert_same_tensors, snapshot, tensors_of
+from cases import CHUNK, OPTIONS, channels_last, contiguous, every_second, transposed, unaligned
+from helpers import ALL_STATES, assert_equal, assert_same_tensors, snapshot, tensors_of
 from oracle import Oracle, wide
 
-OPTIMIZERS = ["Adam", "AdamW", "SGD"]
 STEPS = 3
 
 # Half an ulp of what is stored, and room for the roundings of float32 arithmetic on values near 1.
@@ -114,20 +113,18 @@ def forloop(name, plan):
     return build(torch.optim, name, plan, foreach=False, fused=False)
 
 
-plans = st.sampled_from(OPTIMIZERS).flatmap(
-    lambda name: st.tuples(st.just(name), groups(name, specs()))
-)
-float64_plans = st.sampled_from(OPTIMIZERS).flatmap(
-    lambda name: st.tuples(
-        st.just(name), groups(name, specs(dtypes=(torch.float64, torch.complex128)))
+def plans(**kinds):
+    """An optimizer's name, and param groups for it with parameters of such kinds."""
+    return st.sampled_from(list(OPTIONS)).flatmap(
+        lambda name: st.tuples(st.just(name), groups(name, specs(**kinds)))
     )
-)
-float32_plans = st.sampled_from(OPTIMIZERS).flatmap(
-    lambda name: st.tuples(st.just(name), groups(name, specs(dtypes=(torch.float32,), mixed=False)))
-)
 
 
-@given(plans)
+float32_plans = plans(dtypes=(torch.float32,), mixed=False)
+float64_plans = plans(dtypes=(torch.float64, torch.complex128))
+
+
+@given(plans())
 def test_every_step_is_the_oracles(plan):
     name, plan = plan
     optimizer, params = build(fastopt, name, plan)
@@ -216,9 +213,8 @@ def last_state(optimizer):
 def test_a_step_that_raises_has_changed_nothing(plan, sabotage, scaled):
     """Whatever stands before the broken parameter, which is the last of the last group."""
     name, plan = plan
-    has_states = {"momentum": 0.9} if name == "SGD" else {}
     broken = Spec((4, 3), torch.float32, torch.float32, contiguous, contiguous, (True,) * STEPS)
-    plan = [*plan, ({"lr": 0.1} | has_states, [broken])]
+    plan = [*plan, ({"lr": 0.1} | ALL_STATES[name], [broken])]
     optimizer, params = build(fastopt, name, plan)
     for param, spec in params:
         spec.set_gradient(param, step=0)

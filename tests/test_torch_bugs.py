@@ -18,6 +18,7 @@ from cases import (
     Case,
     channels_last,
     every_second,
+    state_names,
     transposed,
 )
 from helpers import (
@@ -244,7 +245,7 @@ def test_state_of_another_shape_is_refused(name, shape):
     for param in params:
         param.grad = torch.ones(4)
     optimizer.step()
-    key = "momentum_buffer" if name == "SGD" else "exp_avg_sq"
+    key = state_names(optimizer)[-1]
     optimizer.state[params[2]][key] = torch.ones(shape)
     assert_refused(optimizer, rf"parameter 2 of group 0.*{key}")
 

@@ -1,0 +1,148 @@
+"""What is built, from which files, and what a user reads where it cannot be built or loaded."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+from fastopt import _C
+
+ROOT = Path(__file__).parents[1]
+MEGABYTE = 10**6
+
+
+def run(*command: str | Path, **options) -> str:
+    """What it prints; an exit code other than 0 is an error that shows all of it."""
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+# The built extension.
+
+
+def test_extension_links_neither_torch_nor_cuda():
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", run("readelf", "-d", _C.__file__))
+    assert "libgomp.so.1" in needed  # as in torch's wheels: one runtime serves both
+    of_the_system = {"libstdc++", "libgcc_s", "libgomp", "libc", "libm", "libpthread", "ld-linux"}
+    assert {re.split(r"-x86|-aarch|\.so", library)[0] for library in needed} <= of_the_system
+
+
+def test_extension_exports_no_function_but_its_own():
+    exported = run("nm", "--dynamic", "--defined-only", _C.__file__)
+    assert re.findall(r" [TWi] (\w+)", exported) == ["PyInit__C"]
+
+
+def test_extension_is_small():
+    assert Path(_C.__file__).stat().st_size < MEGABYTE
+
+
+# Packages.
+
+
+@pytest.fixture(scope="module")
+def build_tools(tmp_path_factory):
+    """A folder of what setup.py imports, and no torch; skips where no package index is at hand."""
+    folder = tmp_path_factory.mktemp("build_tools")
+    install = [sys.executable, "-m", "pip", "install", "-q", "--target", folder]
+    done = subprocess.run([*install, "setuptools>=77", "pybind11>=3.0"], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"no package index: {done.stderr.decode()}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sources():
+    """The files of the working tree that git knows or would take."""
+    listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
+    return [name for name in listed.split("\0") if name and (ROOT / name).exists()]
+
+
+@pytest.fixture
+def checkout(sources, tmp_path):
+    for name in sources:
+        (tmp_path / "checkout" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "checkout" / name)
+    return tmp_path / "checkout"
+
+
+@pytest.mark.network
+def test_wheel_builds_in_isolation_without_torch(checkout, build_tools, tmp_path):
+    """pip's isolated environment has what pyproject.toml names and nothing else."""
+    pip = [sys.executable, "-m", "pip"]
+    run(*pip, "wheel", "-q", "--no-deps", "-w", tmp_path, checkout)
+    (wheel,) = tmp_path.glob("fastopt-*.whl")
+    assert wheel.stat().st_size < MEGABYTE
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata_file,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        metadata = Parser().parsestr(archive.read(metadata_file).decode())
+    folders = {name.split("/")[0] for name in names}
+    assert folders == {"fastopt", metadata_file.split("/")[0]}
+    assert {"fastopt/py.typed", "fastopt/_C.pyi", "fastopt/__main__.py"} <= set(names)
+    assert any(re.fullmatch(r"fastopt/_C\..*\.so", name) for name in names)
+    assert any(name.endswith("/LICENSE") for name in names)
+    always = [need for need in metadata.get_all("Requires-Dist") if "extra ==" not in need]
+    assert always == ["torch>=2.10"]
+
+    # A function the compiler leaves for the linker to share, such as one of the standard library,
+    # might be taken from the AVX-512 copy and run where there is no AVX-512.
+    copies = list(checkout.rglob("apply.cpp.o"))
+    assert copies
+    for copy in copies:
+        assert not re.findall(r" [WVu] .*", run("nm", "-C", "--defined-only", copy))
+
+
+@pytest.mark.network
+def test_sdist_holds_all_that_a_build_needs(checkout, build_tools, sources, tmp_path):
+    program = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
+    environment = {**os.environ, "PYTHONPATH": str(build_tools)}
+    run(sys.executable, "-c", program, tmp_path, cwd=checkout, env=environment)
+    (sdist,) = tmp_path.glob("fastopt-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {"setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md"}
+    wanted |= {name for name in sources if name.startswith(("csrc/", "fastopt/"))}
+    assert wanted <= packed
+
+
+@pytest.mark.network
+def test_missing_compiler_is_said_in_one_sentence(checkout, build_tools, tmp_path):
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext"],
+        cwd=checkout,
+        env={"PYTHONPATH": str(build_tools), "PATH": str(nothing), "CXX": str(nothing / "c++")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    said = done.stderr.splitlines()
+    assert "fastopt needs a C++17 compiler to build; install g++ or clang++, or set CXX" in said
+    assert "Traceback" not in done.stderr
+
+
+# Loading.
+
+
+def test_torch_that_is_too_old_is_said_in_one_sentence():
+    program = """
+import torch
+del torch.Tensor.__dlpack_c_exchange_api__
+try:
+    import fastopt
+except ImportError as error:
+    print(error)
+"""
+    said = run(sys.executable, "-c", program)
+    assert said == "fastopt needs torch >= 2.10; pip install -U torch\n"

@@ -1,0 +1,59 @@
+"""A suite that skips is green for nothing: in CI conftest.py lets only GPU tests be skipped."""
+
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+SUITE = """
+import pytest
+
+def test_that_runs(): pass
+
+@pytest.mark.skip(reason="no such library")
+def test_by_mark(): pass
+
+def test_by_call(): pytest.skip("no such file")
+
+@pytest.fixture
+def missing(): pytest.skip("no such service")
+
+def test_by_fixture(missing): pass
+
+@pytest.mark.parametrize("value", [])
+def test_of_nothing(value): pass
+
+@pytest.mark.gpu
+def test_on_gpu(): pytest.skip("no such device")
+
+@pytest.mark.xfail
+def test_of_a_bug(): raise AssertionError
+"""
+
+
+@pytest.fixture
+def outcomes(pytester, monkeypatch):
+    """Runs SUITE, and a module that skips itself whole, in an environment with CI set or not."""
+    pytester.makeconftest((Path(__file__).parent / "conftest.py").read_text())
+    pytester.makeini("[pytest]\nmarkers = gpu")
+    pytester.makepyfile(test_suite=SUITE, test_module="import pytest; pytest.importorskip('nope')")
+
+    def run(ci):
+        monkeypatch.setenv("CI", ci)
+        result = pytester.runpytest_subprocess("-ra", "--continue-on-collection-errors")
+        return result.parseoutcomes(), result.stdout
+
+    return run
+
+
+def test_in_ci_every_skip_but_a_gpu_tests_is_a_failure(outcomes):
+    counts, output = outcomes(ci="true")
+    assert counts == {"passed": 1, "xfailed": 1, "skipped": 1, "failed": 1, "errors": 4}
+    for reason in ("library", "file", "service"):
+        output.fnmatch_lines(f"*in CI only GPU tests may be skipped: *no such {reason}*")
+
+
+def test_outside_ci_skips_are_skips(outcomes):
+    counts, _ = outcomes(ci="")
+    assert counts == {"passed": 1, "xfailed": 1, "skipped": 6}

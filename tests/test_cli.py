@@ -1,0 +1,78 @@
+"""`python -m fastopt`: what it reports, and by its exit code whether all is well."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastopt
+import fastopt.__main__ as cli
+from cases import OPTIONS
+
+
+def run(*arguments: str) -> str:
+    """What it prints, as a user's shell runs it; an exit code other than 0 is an error."""
+    command = [sys.executable, "-m", "fastopt", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_report_names_every_backend_and_is_healthy():
+    lines = run().splitlines()
+    assert lines[-1] == "healthy"
+    for backend, reason in fastopt.backends().items():
+        assert f"backend {backend}: {reason or 'usable'}" in lines
+    assert len([line for line in lines if line.startswith("self-test")]) == 2 * len(OPTIONS)
+    assert all(line.endswith(": agrees") for line in lines if line.startswith("self-test"))
+
+
+def test_json_report_has_the_same_facts():
+    report = json.loads(run("--json"))
+    assert report["healthy"] is True
+    assert report["torch"] == torch.__version__
+    assert report["backends"] == fastopt.backends()
+    assert report["threads"] > 0
+    assert len(report["openmp"]) == 1
+    assert report["self_test"] == dict.fromkeys(
+        (f"{name} {dtype}" for name in OPTIONS for dtype in ("float32", "float64")), None
+    )
+    described = {"fastopt", "python", "built", "instruction_set"}
+    assert all(isinstance(report[key], str) for key in described)
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """Runs main() in this process, with the one OpenMP runtime that a fresh process has."""
+    monkeypatch.setattr(sys, "argv", ["fastopt"])
+    monkeypatch.setattr(cli, "openmp_runtimes", lambda: ["/lib/libgomp.so.1"])
+
+    def run_main():
+        return cli.main(), capsys.readouterr().out
+
+    return run_main
+
+
+def test_healthy_is_exit_code_0(main):
+    code, printed = main()
+    assert code == 0
+    assert "NOT healthy" not in printed
+
+
+def test_optimizer_that_disagrees_with_torch_is_exit_code_1(main, monkeypatch):
+    def of_twice_the_rate(params, lr, **options):
+        return torch.optim.AdamW(params, lr=2 * lr, **options)
+
+    monkeypatch.setattr(fastopt, "AdamW", of_twice_the_rate)
+    code, printed = main()
+    assert code == 1
+    assert "self-test AdamW float32: differs from torch.optim by" in printed
+    assert "self-test Adam float32: agrees" in printed
+    assert printed.endswith("NOT healthy: see above\n")
+
+
+def test_second_openmp_runtime_is_exit_code_1(main, monkeypatch):
+    monkeypatch.setattr(cli, "openmp_runtimes", lambda: ["/a/libgomp.so.1", "/b/libomp.so"])
+    code, printed = main()
+    assert code == 1
+    assert "more than one OpenMP runtime" in printed

@@ -45,6 +45,14 @@ const Names& names() {
   return *names;
 }
 
+// Between two steps a model's forward and backward pass have emptied the caches, and reading a
+// tensor is mostly waiting for memory. So memory is asked for ahead of its use: first a tensor's
+// TensorImpl, then its storage. A cold step on 1000 small tensors takes half the time for it.
+enum class Ahead { kTensor, kStorage };
+
+// For functions that only prefetch: compilers drop calls that compute nothing.
+#define FASTOPT_PREFETCHES __attribute__((always_inline)) inline
+
 // torch, as far as the core knows it: two types whose memory is read as it is, and the API to read.
 struct Torch {
   PyTypeObject* tensor;
@@ -53,6 +61,20 @@ struct Torch {
   py::object increment_version;
   int impl_word;     // the word of a tensor object that points to its TensorImpl, 0 if not found
   int storage_word;  // the word of a TensorImpl that points to its storage
+
+  // A tensor that is no subclass's: its memory is what it says it is.
+  bool is_plain(PyObject* object) const {
+    return Py_TYPE(object) == tensor || Py_TYPE(object) == parameter;
+  }
+
+  FASTOPT_PREFETCHES void prefetch(PyObject* object, Ahead ahead) const {
+    if (!object || !is_plain(object) || !impl_word || !storage_word) return;
+    const char* address = reinterpret_cast<char* const*>(object)[impl_word];
+    if (ahead == Ahead::kStorage) {
+      address = reinterpret_cast<char* const*>(address)[storage_word];
+    }
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(address + 64 * line);
+  }
 };
 
 // The index of the word, among the first after the object's head, that holds `value`; else 0.
@@ -137,27 +159,8 @@ struct Member {
   bool fresh = false;  // it has no states yet
 };
 
-// A tensor that is no subclass's: its memory is what it says it is.
-bool is_plain(PyObject* object) {
-  const PyTypeObject* type = Py_TYPE(object);
-  return type == torch().tensor || type == torch().parameter;
-}
-
-// Between two steps a model's forward and backward pass have emptied the caches, and reading a
-// tensor is mostly waiting for memory. So memory is asked for ahead of its use: first a tensor's
-// TensorImpl, then its storage. A cold step on 1000 small tensors takes half the time for it.
-enum class Ahead { kTensor, kStorage };
-
-void prefetch(PyObject* object, Ahead ahead) {
-  const auto [impl, storage] = std::pair(torch().impl_word, torch().storage_word);
-  if (!object || !is_plain(object) || !impl || !storage) return;
-  const char* address = reinterpret_cast<char* const*>(object)[impl];
-  if (ahead == Ahead::kStorage) address = reinterpret_cast<char* const*>(address)[storage];
-  for (int line = 0; line < 4; ++line) __builtin_prefetch(address + 64 * line);
-}
-
-// Conjugation or negation is pending: a flag on a view, which DLPack does not pass on. A real tensor
-// has it only as .imag of a conjugate, whose last stride is 2.
+// Conjugation or negation is pending: a flag on a view, which DLPack does not pass on. A real
+// tensor has it only as .imag of a conjugate, whose last stride is 2.
 bool is_lazy(py::handle tensor, const DLTensor& t) {
   if (t.dtype.code != kDLComplex && t.ndim > 0 && t.strides[t.ndim - 1] == 1) return false;
   return tensor.attr("is_conj")().cast<bool>() || tensor.attr("is_neg")().cast<bool>();
@@ -174,13 +177,13 @@ class Reader {
 
   // Throws NotOurs when there is no memory that a backend could use.
   void read(const Member& member, py::handle tensor, DLTensor* out) {
-    if (!is_plain(tensor.ptr())) {
+    if (!torch_.is_plain(tensor.ptr())) {
       py::object plain = memory_(member.param, tensor);
       if (py::isinstance<py::str>(plain)) throw NotOurs{text(plain)};
       tensor = plain;
       plain_.push_back(std::move(plain));
     }
-    if (torch().api->dltensor_from_py_object_no_sync(tensor.ptr(), out) != 0) {
+    if (torch_.api->dltensor_from_py_object_no_sync(tensor.ptr(), out) != 0) {
       PyErr_Clear();
       throw NotOurs{"a tensor has layout " + text(tensor.attr("layout")) + " on device " +
                     text(tensor.attr("device"))};
@@ -202,6 +205,7 @@ class Reader {
   }
 
  private:
+  const Torch& torch_ = torch();
   py::function memory_;
   std::vector<py::object> plain_;  // kept alive
 };
@@ -210,7 +214,7 @@ class Reader {
 PyObject* grad_of(PyObject* param) {
   static PyObject* const property =
       PyObject_GetAttr(reinterpret_cast<PyObject*>(torch().tensor), names().grad);
-  if (!is_plain(param)) return PyObject_GetAttr(param, names().grad);
+  if (!torch().is_plain(param)) return PyObject_GetAttr(param, names().grad);
   return Py_TYPE(property)->tp_descr_get(property, param, nullptr);
 }
 
@@ -220,7 +224,9 @@ void collect(py::handle param_group, int group, std::vector<Member>& members) {
   members.reserve(members.size() + params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     PyObject* param = PyList_GET_ITEM(params.ptr(), i);
-    if (i + 4 < params.size()) prefetch(PyList_GET_ITEM(params.ptr(), i + 4), Ahead::kTensor);
+    if (i + 4 < params.size()) {
+      torch().prefetch(PyList_GET_ITEM(params.ptr(), i + 4), Ahead::kTensor);
+    }
     auto grad = py::reinterpret_steal<py::object>(grad_of(param));
     if (!grad) throw py::error_already_set();
     if (grad.is_none()) continue;
@@ -323,7 +329,7 @@ class Step {
       written[i] = members_[i].param;
       if (rescale_) written[count + i] = members_[i].grad;
     }
-    torch().increment_version(written);
+    torch_.increment_version(written);
   }
 
  private:
@@ -350,11 +356,11 @@ class Step {
     member.fresh = !any;
   }
 
-  static void prefetch_all(const Member& member, Ahead ahead) {
-    prefetch(member.param.ptr(), ahead);
-    prefetch(member.grad.ptr(), ahead);
-    for (const py::object& state : member.state) prefetch(state.ptr(), ahead);
-    prefetch(member.step.ptr(), ahead);
+  FASTOPT_PREFETCHES void prefetch_all(const Member& member, Ahead ahead) const {
+    torch_.prefetch(member.param.ptr(), ahead);
+    torch_.prefetch(member.grad.ptr(), ahead);
+    for (const py::object& state : member.state) torch_.prefetch(state.ptr(), ahead);
+    torch_.prefetch(member.step.ptr(), ahead);
   }
 
   void add(Member& member) {
@@ -397,7 +403,7 @@ class Step {
   }
 
   void read_state(const Member& member, const py::object& value, PyObject* key, DLTensor* out) {
-    if (!value || !(is_plain(value.ptr()) || PyObject_TypeCheck(value.ptr(), torch().tensor))) {
+    if (!value || !PyObject_TypeCheck(value.ptr(), torch_.tensor)) {
       const std::string name = "state '" + text(key) + "'";
       throw std::invalid_argument(
           value ? name + " is not a tensor; load_state_dict makes it one"
@@ -412,6 +418,7 @@ class Step {
     }
   }
 
+  const Torch& torch_ = torch();
   int rule_index_;
   const RuleInfo& rule_;
   py::dict state_;

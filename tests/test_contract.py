@@ -775,6 +775,16 @@ def test_device_without_a_backend_sends_the_whole_step_to_torch_and_warns_once(n
 
 
 @every_optimizer
+def test_backend_asked_for_by_name_never_gives_way_to_torch(name, stock_steps):
+    param = torch.nn.Parameter(torch.ones(3, device="meta"))
+    param.grad = torch.ones_like(param)
+    optimizer = getattr(fastopt, name)([param], backend="cpu")
+    with pytest.raises(RuntimeError, match="backend='cpu' cannot make this step: .* meta"):
+        optimizer.step()
+    assert stock_steps == []
+
+
+@every_optimizer
 def test_subclass_with_torch_dispatch_goes_to_torch_and_warns_once(name, stock_steps):
     def trained(module):
         param = torch.nn.Parameter(TwoTensor(torch.ones(3), torch.zeros(3)))

@@ -779,7 +779,7 @@ def test_backend_asked_for_by_name_never_gives_way_to_torch(name, stock_steps):
     param = torch.nn.Parameter(torch.ones(3, device="meta"))
     param.grad = torch.ones_like(param)
     optimizer = getattr(fastopt, name)([param], backend="cpu")
-    with pytest.raises(RuntimeError, match="backend='cpu' cannot make this step: .* meta"):
+    with pytest.raises(RuntimeError, match=r"backend='cpu' cannot make this step: .* meta"):
         optimizer.step()
     assert stock_steps == []
 

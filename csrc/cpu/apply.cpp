@@ -201,7 +201,8 @@ void apply(const Work& work) {
     for (int64_t i = 0; i < work.chunk_count; ++i) update_at(i);
     return;
   }
-  // Where there are plenty, a thread takes four chunks in a row: longer streams, 4 % more bandwidth.
+  // Where there are plenty, a thread takes four chunks in a row: longer streams, 4 % more
+  // bandwidth.
   const int64_t in_a_row = work.chunk_count < 64 * work.threads ? 1 : 4;
 #pragma omp parallel for schedule(dynamic, in_a_row) num_threads(work.threads)
   for (int64_t i = 0; i < work.chunk_count; ++i) update_at(i);

@@ -241,6 +241,7 @@ def worker(rank: int, rendezvous: str) -> None:
                 )
         # The last layer's one row is on the first rank: the other steps an empty shard.
         assert list(model.parameters())[-1].to_local().numel() == 1 - rank
+        dist.barrier()  # a process that leaves early can make gloo abort the other
     finally:
         dist.destroy_process_group()
 

@@ -33,10 +33,10 @@ FASTOPT_RULE double power(double beta, double t) {
 // a * b + c rounded once, wherever torch's own fused steps do: on CPUs with FMA the results are
 // theirs bit for bit. (Rounding twice would also leave Adam's exp_avg 1.16 times as far from the
 // truth: RMS against float64 over 20 steps.)
-FASTOPT_RULE double multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
+FASTOPT_RULE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 FASTOPT_RULE float multiply_add(float a, float b, float c) {
 #if defined(__CUDACC__) || defined(__FMA__) || defined(__aarch64__)
-  return __builtin_fmaf(a, b, c);
+  return fmaf(a, b, c);
 #else
   // libm's would not vectorise. The product is exact in double. Its sum with c is rounded to odd
   // (an inexact sum never takes its even neighbour), and then rounding to float is as if at once.

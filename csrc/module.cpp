@@ -70,7 +70,7 @@ struct Torch {
   FASTOPT_PREFETCHES void prefetch(PyObject* object, Ahead ahead) const {
     if (!object || !is_plain(object) || !impl_word || !storage_word) return;
     const char* address = reinterpret_cast<char* const*>(object)[impl_word];
-    if (ahead == Ahead::kStorage) {
+    if (ahead == Ahead::kStorage && address) {
       address = reinterpret_cast<char* const*>(address)[storage_word];
     }
     for (int line = 0; line < 4; ++line) __builtin_prefetch(address + 64 * line);

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-CHUNK = 16384  # elements, as csrc/slot.h
+CHUNK = 16384  # elements a thread takes in a row, as in csrc/cpu/apply.cpp
 
 
 @functools.cache

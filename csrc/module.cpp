@@ -127,7 +127,7 @@ Group read_options(int rule, py::handle param_group) {
   Group group{};
   int count = 0;
   const auto append = [&](py::handle value) {
-    if (count < kMaxOptions) group.options[count] = number(value);
+    if (count < kMaxOptions) group.options[count].value = number(value);
     ++count;
   };
   for (PyObject* key : names().options[rule]) {
@@ -335,7 +335,7 @@ class Step {
  private:
   const std::vector<PyObject*>& keys() const { return names().states[rule_index_]; }
   int states(const Member& member) const {
-    return rule_.states_used(groups_[member.group].options);
+    return rule_.states_used(groups_[member.group]);
   }
 
   void find_states(Member& member) {

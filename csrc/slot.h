@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "rules/arithmetic.h"
+
 namespace fastopt {
 
 enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
@@ -12,13 +14,25 @@ enum : int { kParam, kGrad, kState };
 constexpr int kMaxStates = 3;
 constexpr int kMaxTensors = kState + kMaxStates;
 
-constexpr int kMaxOptions = 8;  // hyper-parameters of a group, betas counting as two
+// A number, or the tensor on the parameter's own device that holds it: no step waits to read one.
+struct Number {
+  double value;
+  const void* tensor;  // null where value holds the number
+  DType dtype;         // of the tensor
+};
+
+// A param group's hyper-parameters in the order of its rule's Options; betas count as two.
+constexpr int kMaxOptions = 8;
+struct Group {
+  Number options[kMaxOptions];
+};
 
 struct Slot {
   void* data[kMaxTensors];  // states the rule does not use are null
   void* step;               // the step count's tensor, null where the rule keeps none
   int64_t numel;            // real elements: a complex one is two
   int64_t layout;           // kDense, or where this slot's layout starts in Table::layouts
+  int64_t first_chunk;      // how many chunks the slots before it have
   int32_t group;
   bool fresh;  // its states were made for this very step
 };
@@ -26,13 +40,32 @@ struct Slot {
 // All tensors are dense with equal strides: element i of each is data[i].
 constexpr int64_t kDense = -1;
 
-// A run of elements of one slot: one CPU task, one CUDA block's turn, one Triton program.
-// 16,384: five float32 arrays of it fill 320 KiB, inside a core's L2 cache, and a float32 AdamW
-// chunk takes about 20 us at memory speed, well above what it costs to hand it to a thread.
-struct Chunk {
-  int64_t begin;
-  int32_t slot;
+// How one tensor of any other slot lies in memory, outermost dimension first; strides count real
+// elements. All of a slot's tensors share the shape.
+struct Layout {
+  int64_t ndim;
+  const int64_t* shape;
+  const int64_t* stride;
 };
-constexpr int64_t kChunk = 16384;
+
+// Table::layouts holds ndim, shape[ndim], then the strides[ndim] of every tensor in turn.
+FASTOPT_RULE Layout layout_of(const int64_t* layout, int tensor) {
+  const int64_t ndim = layout[0];
+  return {ndim, layout + 1, layout + 1 + (1 + tensor) * ndim};
+}
+
+// A run of elements of one slot: a CPU task, a CUDA block's turn, a Triton program. The chunks of a
+// table are numbered through, slot after slot; a slot's last one is what is left.
+constexpr int64_t kChunk = 4096;
+
+// The slot a chunk belongs to, searched upwards from slot `low`: mostly it is very near.
+FASTOPT_RULE int64_t slot_of_chunk(const Slot* slots, int64_t count, int64_t low, int64_t chunk) {
+  int64_t step = 1;
+  for (; low + step < count && slots[low + step].first_chunk <= chunk; step *= 2) low += step;
+  while (step /= 2) {
+    if (low + step < count && slots[low + step].first_chunk <= chunk) low += step;
+  }
+  return low;
+}
 
 }  // namespace fastopt

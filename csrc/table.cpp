@@ -13,17 +13,15 @@ namespace {
 
 template <class Rule>
 RuleInfo describe() {
-  static_assert(sizeof(typename Rule::Options) <= sizeof(Group));
+  static_assert(sizeof(typename Rule::Options) <= kMaxOptions * sizeof(double));
   static_assert(std::size(Rule::kStates) <= kMaxStates);
   return {Rule::kName,
           {std::begin(Rule::kOptions), std::end(Rule::kOptions)},
           {std::begin(Rule::kStates), std::end(Rule::kStates)},
           sizeof(typename Rule::Options) / sizeof(double),
           Rule::kCountsSteps,
-          [](const double* values) {
-            typename Rule::Options options;
-            std::memcpy(&options, values, sizeof options);
-            return Rule::states(options);
+          [](const Group& group) {
+            return Rule::states(options_of<Rule>(group, [](const Number& n) { return n.value; }));
           }};
 }
 
@@ -262,10 +260,8 @@ void add_slot(std::vector<Table>& tables, const RuleInfo& rule, const Tensors& t
     table = tables.rbegin();
   }
   if (!dense) slot.layout = append_layout(table->layouts, tensors, count);
-  const auto index = static_cast<int32_t>(table->slots.size());
-  for (int64_t begin = 0; begin < slot.numel; begin += kChunk) {
-    table->chunks.push_back({begin, index});
-  }
+  slot.first_chunk = table->chunk_count;
+  table->chunk_count += (slot.numel + kChunk - 1) / kChunk;
   table->numel += slot.numel;
   table->slots.push_back(slot);
 }

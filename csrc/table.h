@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "dlpack_abi.h"
+#include "rules/rules.h"
 #include "slot.h"
 
 namespace fastopt {
@@ -17,15 +18,21 @@ struct RuleInfo {
   std::vector<const char*> options, states;
   int option_values;  // numbers the options hold together
   bool counts_steps;
-  int (*states_used)(const double* options);
+  int (*states_used)(const Group& group);
 };
 
 // In the order of rules/rules.h, the index by which backends know them.
 const std::vector<RuleInfo>& rules();
 
-struct Group {
-  double options[kMaxOptions];
-};
+// A group's numbers as its rule knows them; `read` turns a Number into a double.
+template <class Rule, class Read>
+FASTOPT_RULE typename Rule::Options options_of(const Group& group, Read read) {
+  double values[kMaxOptions];
+  for (int i = 0; i < kMaxOptions; ++i) values[i] = read(group.options[i]);
+  typename Rule::Options options;
+  memcpy(&options, values, sizeof options);
+  return options;
+}
 
 // All slots that share device and dtypes: one update launch.
 struct Table {
@@ -34,10 +41,8 @@ struct Table {
   DType dtype[kMaxTensors];  // of param, grad and the states in use
   DType step_dtype;
   std::vector<Slot> slots;
-  std::vector<Chunk> chunks;
-  // Of each slot that is not kDense, in a row: ndim, shape[ndim], then strides[ndim] of every
-  // tensor in turn, outermost dimension first, counted in real elements.
-  std::vector<int64_t> layouts;
+  int64_t chunk_count = 0;
+  std::vector<int64_t> layouts;  // of slots that are not kDense, see layout_of
   int64_t numel = 0;
 };
 

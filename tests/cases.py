@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 16384  # elements one worker takes at a time
+CHUNK = 4096  # elements of a slot that are one task, as in csrc/slot.h
+PARALLEL = 32768  # elements from which threads share a step, as in csrc/cpu/apply.cpp
 
 
 class Dtypes(NamedTuple):
@@ -69,7 +70,7 @@ IMAGES = ((4, 3, 5, 5), (2, 8, 1, 1))
 
 LAYOUTS = {
     "sizes": Layout(SIZES),
-    "large": Layout(((2 * CHUNK + 5,),)),
+    "large": Layout(((PARALLEL + CHUNK + 5,),)),
     "many": Layout((*[(7,), (2, 9), (1,)] * 100, (0,))),
     "unaligned": Layout(SIZES, unaligned, unaligned),
     "every_second": Layout(SIZES, every_second, every_second),

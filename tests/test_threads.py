@@ -12,7 +12,7 @@ import torch
 from torch.nn import Parameter
 
 import fastopt
-from cases import BFLOAT16, CHUNK, FLOAT32, Case
+from cases import BFLOAT16, FLOAT32, PARALLEL, Case
 from helpers import assert_equal, every_optimizer, native_only, snapshot, tensors_of, train
 
 pytestmark = native_only
@@ -66,7 +66,7 @@ def test_optimizers_step_from_several_threads_at_once(name):
 def make_model() -> torch.nn.Module:
     torch.manual_seed(0)
     return torch.nn.Sequential(
-        torch.nn.Linear(32, CHUNK // 16), torch.nn.ReLU(), torch.nn.Linear(CHUNK // 16, 8)
+        torch.nn.Linear(32, PARALLEL // 32), torch.nn.ReLU(), torch.nn.Linear(PARALLEL // 32, 8)
     )
 
 

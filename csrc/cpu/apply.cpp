@@ -25,21 +25,9 @@ constexpr int64_t kBlock = 1024;
 // Fewer elements than this run on the calling thread: waking others costs more than they save.
 constexpr int64_t kSerial = 32768;
 
-// How to walk one tensor of a slot whose tensors are not all dense alike; see Table::layouts.
-struct Walk {
-  int64_t ndim;
-  const int64_t* shape;
-  const int64_t* stride;
-};
-
-Walk walk_of(const int64_t* layout, int tensor) {
-  const int64_t ndim = layout[0];
-  return {ndim, layout + 1, layout + 1 + (1 + tensor) * ndim};
-}
-
 // Calls visit(i, offset) for i in [0, n), offset being where element begin + i lies.
 template <class Visit>
-inline void walk(const Walk& w, int64_t begin, int64_t n, Visit visit) {
+inline void walk(const Layout& w, int64_t begin, int64_t n, Visit visit) {
   int64_t index[64];  // torch allows 64 dimensions
   int64_t offset = 0;
   for (int64_t d = w.ndim - 1, rest = begin; d >= 0; --d) {
@@ -63,7 +51,7 @@ struct View {
   void* data;
   DType dtype;
   bool dense;
-  Walk strided;
+  Layout strided;
 };
 
 template <class E, class T>
@@ -134,29 +122,28 @@ void update(const typename Rule::template Scalars<T>& scalars, T* const* tensor,
 
 template <class Rule, int kStates, class T>
 void update_chunk(const Work& work, const typename Rule::template Scalars<T>& scalars,
-                  const Chunk& chunk) {
+                  const Slot& slot, int64_t chunk_begin) {
   constexpr int kCount = kState + kStates;
-  const Slot& slot = work.slots[chunk.slot];
-  const int64_t rest = slot.numel - chunk.begin;
-  const int64_t end = chunk.begin + (rest < kChunk ? rest : kChunk);
+  const int64_t rest = slot.numel - chunk_begin;
+  const int64_t end = chunk_begin + (rest < kChunk ? rest : kChunk);
   const bool rescale = work.grad_scale != 1;
 
   View view[kCount];
   bool native = !rescale;  // all arrays of T in memory: computed in place
   for (int i = 0; i < kCount; ++i) {
     view[i] = {slot.data[i], work.dtype[i], slot.layout == kDense, {}};
-    if (!view[i].dense) view[i].strided = walk_of(work.layouts + slot.layout, i);
+    if (!view[i].dense) view[i].strided = layout_of(work.layouts + slot.layout, i);
     native = native && view[i].dense && view[i].dtype == kNative<T>;
   }
 
   T* tensor[kCount];
   if (native) {
-    for (int i = 0; i < kCount; ++i) tensor[i] = static_cast<T*>(slot.data[i]) + chunk.begin;
-    return update<Rule, kStates, T>(scalars, tensor, end - chunk.begin);
+    for (int i = 0; i < kCount; ++i) tensor[i] = static_cast<T*>(slot.data[i]) + chunk_begin;
+    return update<Rule, kStates, T>(scalars, tensor, end - chunk_begin);
   }
   alignas(64) T buffer[kCount][kBlock];
   for (int i = 0; i < kCount; ++i) tensor[i] = buffer[i];
-  for (int64_t begin = chunk.begin; begin < end; begin += kBlock) {
+  for (int64_t begin = chunk_begin; begin < end; begin += kBlock) {
     const int64_t n = end - begin < kBlock ? end - begin : kBlock;
     for (int i = 0; i < kCount; ++i) load(view[i], begin, n, buffer[i]);
     if (rescale) {
@@ -186,9 +173,8 @@ void advance(const Work& work, typename Rule::template Scalars<T>* scalars) {
     if (last && last->group == slot.group && last_t == t) {
       scalars[i] = scalars[i - 1];
     } else {
-      typename Rule::Options options;
-      memcpy(&options, work.groups[slot.group].options, sizeof options);
-      scalars[i] = Rule::template advance<T>(options, t);
+      const auto value = [](const Number& number) { return number.value; };
+      scalars[i] = Rule::template advance<T>(options_of<Rule>(work.groups[slot.group], value), t);
     }
     last = &slot;
     last_t = t;
@@ -201,18 +187,28 @@ void apply(const Work& work) {
   static_assert(sizeof(Scalars) <= kScalarBytes);
   auto* const scalars = static_cast<Scalars*>(work.scalars);
   advance<Rule, T>(work, scalars);
-  const auto update_at = [&](int64_t i) {
-    update_chunk<Rule, kStates, T>(work, scalars[work.chunks[i].slot], work.chunks[i]);
+  // From a chunk's slot, or one before it, to that slot.
+  const auto update_at = [&](int64_t chunk, int64_t slot_before) {
+    const int64_t i = slot_of_chunk(work.slots, work.slot_count, slot_before, chunk);
+    const Slot& slot = work.slots[i];
+    update_chunk<Rule, kStates, T>(work, scalars[i], slot, (chunk - slot.first_chunk) * kChunk);
+    return i;
   };
   if (work.threads == 1 || work.numel < kSerial) {  // without the OpenMP runtime at all
-    for (int64_t i = 0; i < work.chunk_count; ++i) update_at(i);
+    for (int64_t chunk = 0, slot = 0; chunk < work.chunk_count; ++chunk) {
+      slot = update_at(chunk, slot);
+    }
     return;
   }
-  // Where there are plenty, a thread takes four chunks in a row: longer streams, 4 % more
+  // Where there are plenty, a thread takes several chunks in a row: longer streams, 4 % more
   // bandwidth.
-  const int64_t in_a_row = work.chunk_count < 64 * work.threads ? 1 : 4;
-#pragma omp parallel for schedule(dynamic, in_a_row) num_threads(work.threads)
-  for (int64_t i = 0; i < work.chunk_count; ++i) update_at(i);
+  const int64_t in_a_row = work.chunk_count < 256 * work.threads ? 4 : 16;
+#pragma omp parallel num_threads(work.threads)
+  {
+    int64_t slot = 0;  // a thread meets chunks in rising order
+#pragma omp for schedule(monotonic : dynamic, in_a_row) nowait
+    for (int64_t chunk = 0; chunk < work.chunk_count; ++chunk) slot = update_at(chunk, slot);
+  }
 }
 
 template <class Rule, class T, int kStates = Rule::kFewestStates>

@@ -15,7 +15,6 @@ struct Work {
   const Group* groups;
   const Slot* slots;
   int64_t slot_count;
-  const Chunk* chunks;
   int64_t chunk_count;
   const int64_t* layouts;
   int64_t numel;

@@ -30,27 +30,28 @@ finetune: install  ## fine-tune MiniLM on BBC news with torch's AdamW and with o
 test: install  ## run the test suite (ARGS=...)
 	$(PATIENT) $(RUN) -m pytest $(ARGS)
 
+CPP := $(shell git ls-files '*.cpp' '*.h' '*.cu')
 lint: install  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*')
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: install  ## format Python and C++
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*')
+	$(BIN)/clang-format -i $(CPP)
 
 bench: install  ## time one step of every optimizer and workload (ARGS=...)
 	$(RUN) bench/step.py $(ARGS)
 
 # Run from the folder of the sanitized build, which python -m puts before the installed one.
 SANITIZERS := $(foreach lib,asan ubsan stdc++,$(shell c++ -print-file-name=lib$(lib).so))
-sanitize: install  ## run the numeric tests on a core built with AddressSanitizer and UBSan
-	FASTOPT_SANITIZE=ON $(RUN) -m pip install -q --target build/sanitize --no-deps --upgrade .
+sanitize: install  ## run the numeric tests, CUDA's on the host, under AddressSanitizer and UBSan
+	FASTOPT_SANITIZE=ON FASTOPT_CUDA_ON_HOST=ON $(RUN) -m pip install -q --target build/sanitize --no-deps --upgrade .
 	cd build/sanitize && $(PATIENT) LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
 	  UBSAN_OPTIONS=print_stacktrace=1 ../../$(RUN) -m pytest -q -p no:cacheprovider \
-	  $(addprefix ../../tests/test_,layouts.py errors.py parity.py)
+	  $(addprefix ../../tests/test_,layouts.py errors.py parity.py cuda_source.py)
 
 wheel: install  ## build a wheel, isolated, into dist/
 	$(RUN) -m pip wheel -q --no-deps -w dist .

@@ -1,13 +1,16 @@
-// The Python module fastopt._C: the only file that sees Python. It reads optimizers' param groups
-// into tables, has a backend apply the rule, and includes nothing of torch.
+// The Python module fastopt._C: reads optimizers' param groups into tables, checks everything, and
+// has backends apply the rule to them. With torch.cpp, the only file that sees Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <limits>
 #include <optional>
 
 #include "cpu/apply.h"
-
-namespace py = pybind11;
+#include "cuda/apply.h"
+#include "cuda/device.h"
+#include "torch.h"
 
 namespace fastopt {
 namespace {
@@ -45,103 +48,9 @@ const Names& names() {
   return *names;
 }
 
-// Between two steps a model's forward and backward pass have emptied the caches, and reading a
-// tensor is mostly waiting for memory. So memory is asked for ahead of its use: first a tensor's
-// TensorImpl, then its storage. A cold step on 1000 small tensors takes half the time for it.
-enum class Ahead { kTensor, kStorage };
-
-// For functions that only prefetch: compilers drop calls that compute nothing.
-#define FASTOPT_PREFETCHES __attribute__((always_inline)) inline
-
-// torch, as far as the core knows it: two types whose memory is read as it is, and the API to read.
-struct Torch {
-  PyTypeObject* tensor;
-  PyTypeObject* parameter;
-  const DLPackExchangeAPI* api;
-  py::object increment_version;
-  int impl_word;     // the word of a tensor object that points to its TensorImpl, 0 if not found
-  int storage_word;  // the word of a TensorImpl that points to its storage
-
-  // A tensor that is no subclass's: its memory is what it says it is.
-  bool is_plain(PyObject* object) const {
-    return Py_TYPE(object) == tensor || Py_TYPE(object) == parameter;
-  }
-
-  FASTOPT_PREFETCHES void prefetch(PyObject* object, Ahead ahead) const {
-    if (!object || !is_plain(object) || !impl_word || !storage_word) return;
-    const char* address = reinterpret_cast<char* const*>(object)[impl_word];
-    if (ahead == Ahead::kStorage && address) {
-      address = reinterpret_cast<char* const*>(address)[storage_word];
-    }
-    for (int line = 0; line < 4; ++line) __builtin_prefetch(address + 64 * line);
-  }
-};
-
-// The index of the word, among the first after the object's head, that holds `value`; else 0.
-int word_holding(const void* object, py::handle value) {
-  for (int i = 2; i < 4; ++i) {
-    if (static_cast<void* const*>(object)[i] == PyLong_AsVoidPtr(value.ptr())) return i;
-  }
-  return 0;
-}
-
-Torch find_torch() {
-  const py::object tensor = py::module_::import("torch").attr("Tensor");
-  const py::object parameter = py::module_::import("torch.nn").attr("Parameter");
-  if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) {
-    throw py::import_error("fastopt needs torch >= 2.10; pip install -U torch");
-  }
-  const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
-  const auto* api = static_cast<const DLPackExchangeAPI*>(
-      PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  if (!api) throw py::error_already_set();
-  while (api && api->version.major > kDLMajorVersion) api = api->older;
-  if (!api || api->version.major != kDLMajorVersion || !api->dltensor_from_py_object_no_sync) {
-    throw py::import_error(
-        "fastopt does not know this torch's version of DLPack; "
-        "pip install -U fastopt");
-  }
-  const py::object sample = py::module_::import("torch").attr("empty")(1);
-  const py::object impl = sample.attr("_cdata");
-  const py::object storage = sample.attr("untyped_storage")().attr("_cdata");
-  return {reinterpret_cast<PyTypeObject*>(tensor.ptr()),
-          reinterpret_cast<PyTypeObject*>(parameter.ptr()),
-          api,
-          py::module_::import("torch.autograd.graph").attr("increment_version"),
-          word_holding(sample.ptr(), impl),
-          word_holding(PyLong_AsVoidPtr(impl.ptr()), storage)};
-}
-
-const Torch& torch() {
-  static const Torch* const torch = new Torch(find_torch());
-  return *torch;
-}
-
-double number(py::handle value) {
-  const double x = PyFloat_AsDouble(value.ptr());
-  if (x == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return x;
-}
-
-Group read_options(int rule, py::handle param_group) {
-  Group group{};
-  int count = 0;
-  const auto append = [&](py::handle value) {
-    if (count < kMaxOptions) group.options[count].value = number(value);
-    ++count;
-  };
-  for (PyObject* key : names().options[rule]) {
-    const py::object value = param_group[py::handle(key)];
-    if (py::isinstance<py::tuple>(value) || py::isinstance<py::list>(value)) {
-      for (const py::handle item : value) append(item);
-    } else {
-      append(value);
-    }
-  }
-  if (count != rules()[rule].option_values) {
-    throw py::value_error("a param group's options do not have one value each, betas two");
-  }
-  return group;
+// What the core leaves to Python: fastopt/tensors.py and the Triton backend's package.
+py::object helper(const char* module, const char* name) {
+  return py::module_::import(module).attr(name);
 }
 
 int find_rule(const std::string& name) {
@@ -151,12 +60,76 @@ int find_rule(const std::string& name) {
   throw py::value_error("fastopt has no rule named '" + name + "'");
 }
 
+bool same(DLDevice a, DLDevice b) {
+  return a.device_type == b.device_type && a.device_id == b.device_id;
+}
+
+py::object torch_device(DLDevice device) {
+  const char* type = device.device_type == kDLCPU      ? "cpu"
+                     : device.device_type == kDLOneAPI ? "xpu"
+                                                       : "cuda";
+  return helper("torch", "device")(type, device.device_id);
+}
+
+enum class Backend { kCpu, kCuda, kTriton };
+
+// Which backend steps the tensors of a device: the one asked for by name, else the first that can.
+class Backends {
+ public:
+  explicit Backends(const std::optional<std::string>& name) : name_(name) {}
+
+  // Throws NotOurs where there is none.
+  Backend of(DLDevice device) {
+    for (const auto& [known, backend] : chosen_) {
+      if (same(known, device)) return backend;
+    }
+    chosen_.emplace_back(device, choose(device));
+    return chosen_.back().second;
+  }
+
+ private:
+  struct Candidate {
+    const char* name;
+    Backend backend;
+    std::string (*why_not)(DLDevice);
+  };
+  static constexpr Candidate kCandidates[] = {
+      {"cpu", Backend::kCpu,
+       [](DLDevice device) -> std::string {
+         return device.device_type == kDLCPU ? "" : "it takes CPU tensors only";
+       }},
+      {"cuda", Backend::kCuda, cuda::why_not},
+      {"triton", Backend::kTriton,
+       [](DLDevice device) {
+         const py::object reason = helper("fastopt.triton", "why_not")(torch_device(device));
+         return reason.is_none() ? std::string() : text(reason);
+       }},
+  };
+
+  Backend choose(DLDevice device) const {
+    std::string reasons;
+    for (const Candidate& candidate : kCandidates) {
+      if (name_ && *name_ != candidate.name) continue;
+      const std::string reason = candidate.why_not(device);
+      if (reason.empty()) return candidate.backend;
+      reasons += (reasons.empty() ? "" : "; ") + std::string(candidate.name) + ": " + reason;
+    }
+    throw NotOurs{"no fastopt backend for parameters on " + text(torch_device(device)) + " (" +
+                  reasons + ")"};
+  }
+
+  std::optional<std::string> name_;
+  std::vector<std::pair<DLDevice, Backend>> chosen_;
+};
+
 // A parameter that takes part in a step, with all that belongs to it. The references keep memory
 // alive: while the GIL is released other threads may replace gradients and states.
 struct Member {
   int group, index;  // its place in param_groups
   py::object param, grad, state[kMaxStates], step;
   bool fresh = false;  // it has no states yet
+  bool keeps =
+      false;  // its states here are not those in the optimizer: made or moved for this step
 };
 
 // Conjugation or negation is pending: a flag on a view, which DLPack does not pass on. A real
@@ -166,25 +139,18 @@ bool is_lazy(py::handle tensor, const DLTensor& t) {
   return tensor.attr("is_conj")().cast<bool>() || tensor.attr("is_neg")().cast<bool>();
 }
 
-std::string text(py::handle object) { return py::str(object).cast<std::string>(); }
-
 // Reads tensors as memory.
 class Reader {
  public:
-  // memory(param, tensor) gives, for a tensor subclass, the plain tensor to read or why there is
-  // none (optimizer.py).
-  explicit Reader(py::function memory) : memory_(std::move(memory)) {}
-
   // Throws NotOurs when there is no memory that a backend could use.
   void read(const Member& member, py::handle tensor, DLTensor* out) {
     if (!torch_.is_plain(tensor.ptr())) {
-      py::object plain = memory_(member.param, tensor);
+      py::object plain = helper("fastopt.tensors", "memory")(member.param, tensor);
       if (py::isinstance<py::str>(plain)) throw NotOurs{text(plain)};
       tensor = plain;
-      plain_.push_back(std::move(plain));
+      keep(std::move(plain));
     }
-    if (torch_.api->dltensor_from_py_object_no_sync(tensor.ptr(), out) != 0) {
-      PyErr_Clear();
+    if (!torch_.read(tensor, out)) {
       throw NotOurs{"a tensor has layout " + text(tensor.attr("layout")) + " on device " +
                     text(tensor.attr("device"))};
     }
@@ -195,19 +161,18 @@ class Reader {
 
   void read_param_and_grad(const Member& member, DLTensor* p, DLTensor* g) {
     read(member, member.param, p);
-    if (p->device.device_type != kDLCPU) {
-      throw NotOurs{"no fastopt backend for parameters on " + text(member.param.attr("device"))};
-    }
     if (!is_supported(p->dtype)) {
       throw NotOurs{"no fastopt arithmetic for parameters of " + text(member.param.attr("dtype"))};
     }
     read(member, member.grad, g);
   }
 
+  // What must live as long as what was read.
+  void keep(py::object object) { kept_.push_back(std::move(object)); }
+
  private:
   const Torch& torch_ = torch();
-  py::function memory_;
-  std::vector<py::object> plain_;  // kept alive
+  std::vector<py::object> kept_;
 };
 
 // param.grad, without looking the attribute up anew for each of a thousand plain tensors.
@@ -274,23 +239,46 @@ PyObject* find_state(PyObject* state, PyObject* param) {
   return found;
 }
 
+// A param group's values in the order of its rule's Options, betas being two.
+std::vector<py::object> read_options(int rule, py::handle param_group) {
+  std::vector<py::object> values;
+  for (PyObject* key : names().options[rule]) {
+    const py::object value = param_group[py::handle(key)];
+    if (py::isinstance<py::tuple>(value) || py::isinstance<py::list>(value)) {
+      for (const py::handle item : value)
+        values.push_back(py::reinterpret_borrow<py::object>(item));
+    } else {
+      values.push_back(value);
+    }
+  }
+  if (static_cast<int>(values.size()) != rules()[rule].option_values) {
+    throw py::value_error("a param group's options do not have one value each, betas two");
+  }
+  return values;
+}
+
 // One step() being prepared: tables filled, new states made but not yet in the optimizer.
 class Step {
  public:
-  Step(const std::string& rule, py::dict state, py::function memory, py::function new_states,
-       bool rescale)
+  Step(const std::string& rule, py::dict state, py::object grad_scale, py::object found_inf,
+       const std::optional<std::string>& backend)
       : rule_index_(find_rule(rule)),
         rule_(rules()[rule_index_]),
         state_(std::move(state)),
-        new_states_(std::move(new_states)),
-        reader_(std::move(memory)),
-        rescale_(rescale) {}
+        grad_scale_(std::move(grad_scale)),
+        found_inf_(std::move(found_inf)),
+        backends_(backend) {
+    if (grad_scale_.is_none()) grad_scale_ = py::float_(1.0);
+    if (found_inf_.is_none()) found_inf_ = py::float_(0.0);
+    rescale_ = !on_host(grad_scale_) || number(grad_scale_) != 1;
+  }
 
   // Throws NotOurs, or ValueError naming the parameter; either way nothing has been changed.
   void prepare(const py::list& param_groups) {
     for (const py::handle param_group : param_groups) {
-      const auto group = static_cast<int>(groups_.size());
-      groups_.push_back(read_options(rule_index_, param_group));
+      const auto group = static_cast<int>(options_.size());
+      options_.push_back(read_options(rule_index_, param_group));
+      states_.push_back(states_of(options_.back()));
       collect(param_group, group, members_);
     }
     if (has_duplicates(members_)) throw NotOurs{"a parameter is given twice"};
@@ -305,20 +293,34 @@ class Step {
                               error.what());
       }
     }
+    for (const Table& table : tables_) {
+      scaling_.push_back(
+          {number_on(found_inf_, table.device), number_on(grad_scale_, table.device)});
+    }
   }
 
-  // All checks are done: from here on nothing fails.
-  void run(double grad_scale, int threads) {
+  // Whether gradients have overflowed, asked here only where the device cannot be left to see to
+  // it: where the CPU steps, and where states are new of which a rule that counts no steps could
+  // not tell later that they still are.
+  bool overflowed() {
+    const auto on_cpu = [&](const Table& table) { return backend_of(table) == Backend::kCpu; };
+    const auto untold = [&](const Member& member) { return member.fresh && !rule_.counts_steps; };
+    const bool must_know = !torch_.is_tensor(found_inf_) ||
+                           std::any_of(tables_.begin(), tables_.end(), on_cpu) ||
+                           std::any_of(members_.begin(), members_.end(), untold);
+    return must_know && number(found_inf_) != 0;
+  }
+
+  // All checks are done: from here on nothing fails but a device.
+  void run(int threads, const py::function& launch_triton) {
     for (const Member& member : members_) {
-      if (member.fresh) keep_states(member);
+      if (member.keeps) keep_states(member);
     }
-    int64_t numel = 0;
-    for (const Table& table : tables_) numel += table.numel;
-    {
-      std::optional<py::gil_scoped_release> release;
-      if (numel >= kKeepGil) release.emplace();
-      for (const Table& table : tables_) {
-        apply(rule_index_, table, groups_.data(), static_cast<float>(grad_scale), threads);
+    for (size_t i = 0; i < tables_.size(); ++i) {
+      switch (backend_of(tables_[i])) {
+        case Backend::kCpu: run_on_cpu(tables_[i], scaling_[i], threads); break;
+        case Backend::kCuda: run_on_cuda(tables_[i], scaling_[i]); break;
+        case Backend::kTriton: run_on_triton(i, launch_triton); break;
       }
     }
     if (members_.empty()) return;
@@ -333,13 +335,67 @@ class Step {
   }
 
  private:
+  struct Place {
+    int group;
+    DLDevice device;
+  };
+  struct Scaling {
+    Number found_inf, grad_scale;
+  };
+
   const std::vector<PyObject*>& keys() const { return names().states[rule_index_]; }
-  int states(const Member& member) const {
-    return rule_.states_used(groups_[member.group]);
+
+  Backend backend_of(const Table& table) { return backends_.of(table.device); }
+
+  // Whether a value can be read without waiting for an accelerator.
+  bool on_host(const py::object& value) const {
+    return !torch_.is_tensor(value) || value.attr("is_cpu").cast<bool>();
+  }
+
+  // Values on an accelerator count as not zero here: a state too many does no harm.
+  int states_of(const std::vector<py::object>& options) const {
+    Group group{};
+    for (size_t i = 0; i < options.size(); ++i) {
+      group.options[i].value =
+          on_host(options[i]) ? number(options[i]) : std::numeric_limits<double>::quiet_NaN();
+    }
+    return rule_.states_used(group);
+  }
+
+  // A value as the device's backend reads it: on an accelerator without waiting for it.
+  Number number_on(const py::object& value, DLDevice device) {
+    if (!torch_.is_tensor(value) || backends_.of(device) == Backend::kCpu) {
+      return {number(value), nullptr, {}};
+    }
+    DLTensor tensor;
+    const auto read = [&](const py::object& object) {
+      reader_.read({}, object, &tensor);
+      reader_.keep(object);
+    };
+    read(value);
+    if (!same(tensor.device, device)) {
+      if (on_host(value)) return {number(value), nullptr, {}};
+      read(helper("fastopt.tensors", "moved")(value, torch_device(device)));
+    }
+    return as_number(tensor);
+  }
+
+  // The index in groups_ of a group's values as seen from a device.
+  int group_on(int group, DLDevice device) {
+    for (auto i = static_cast<int>(groups_.size()); i-- > 0 && places_[i].group == group;) {
+      if (same(places_[i].device, device)) return i;
+    }
+    Group values{};
+    for (size_t i = 0; i < options_[group].size(); ++i) {
+      values.options[i] = number_on(options_[group][i], device);
+    }
+    groups_.push_back(values);
+    places_.push_back({group, device});
+    return static_cast<int>(groups_.size()) - 1;
   }
 
   void find_states(Member& member) {
-    const int count = states(member);
+    const int count = states_[member.group];
     if (count == 0 && !rule_.counts_steps) return;
     PyObject* const entry = find_state(state_.ptr(), member.param.ptr());
     bool any = false;
@@ -353,7 +409,7 @@ class Step {
     };
     for (int i = 0; i < count; ++i) member.state[i] = get(keys()[i]);
     if (rule_.counts_steps) member.step = get(names().step);
-    member.fresh = !any;
+    member.fresh = member.keeps = !any;
   }
 
   FASTOPT_PREFETCHES void prefetch_all(const Member& member, Ahead ahead) const {
@@ -365,8 +421,10 @@ class Step {
 
   void add(Member& member) {
     Tensors tensors;
-    tensors.states = states(member);
+    tensors.states = states_[member.group];
     reader_.read_param_and_grad(member, &tensors.at[kParam], &tensors.at[kGrad]);
+    const DLDevice device = tensors.at[kParam].device;
+    backends_.of(device);  // or there is none
     if (is_lazy(member.param, tensors.at[kParam])) {
       throw std::invalid_argument("it is a lazy conjugate; make it from .resolve_conj()");
     }
@@ -379,14 +437,22 @@ class Step {
     for (int i = 0; i < tensors.states; ++i) {
       read_state(member, member.state[i], keys()[i], &tensors.at[kState + i]);
     }
-    if (rule_.counts_steps) read_state(member, member.step, names().step, &tensors.step);
-    add_slot(tables_, rule_, tensors, member.group, member.fresh, rescale_);
+    if (rule_.counts_steps) {
+      read_state(member, member.step, names().step, &tensors.step);
+      if (!same(tensors.step.device, device)) {  // as in a checkpoint of torch's
+        member.step = helper("fastopt.tensors", "moved")(member.step, torch_device(device));
+        member.keeps = true;
+        read_state(member, member.step, names().step, &tensors.step);
+      }
+    }
+    add_slot(tables_, rule_, tensors, group_on(member.group, device), member.fresh, rescale_);
   }
 
   void make_states(Member& member, int count) {
     py::list wanted;
     for (int i = 0; i < count; ++i) wanted.append(py::handle(keys()[i]));
-    const py::dict made = new_states_(member.param, wanted, rule_.counts_steps);
+    const py::dict made =
+        helper("fastopt.tensors", "new_states")(member.param, wanted, rule_.counts_steps);
     for (int i = 0; i < count; ++i) member.state[i] = made[py::handle(keys()[i])];
     if (rule_.counts_steps) member.step = made[py::handle(names().step)];
   }
@@ -399,11 +465,11 @@ class Step {
       state_[member.param] = entry;
     }
     if (member.step) entry[py::handle(names().step)] = member.step;
-    for (int i = 0; i < states(member); ++i) entry[py::handle(keys()[i])] = member.state[i];
+    for (int i = 0; i < states_[member.group]; ++i) entry[py::handle(keys()[i])] = member.state[i];
   }
 
   void read_state(const Member& member, const py::object& value, PyObject* key, DLTensor* out) {
-    if (!value || !PyObject_TypeCheck(value.ptr(), torch_.tensor)) {
+    if (!value || !torch_.is_tensor(value)) {
       const std::string name = "state '" + text(key) + "'";
       throw std::invalid_argument(
           value ? name + " is not a tensor; load_state_dict makes it one"
@@ -418,43 +484,87 @@ class Step {
     }
   }
 
+  void run_on_cpu(const Table& table, const Scaling& scaling, int threads) const {
+    const auto grad_scale = static_cast<float>(scaling.grad_scale.value);
+    std::optional<py::gil_scoped_release> release;
+    if (table.numel >= kKeepGil) release.emplace();
+    cpu::apply(rule_index_, table, groups_.data(), grad_scale, threads);
+  }
+
+  void run_on_cuda(const Table& table, const Scaling& scaling) const {
+    const Scratch scratch(table.device, cuda::scratch_bytes(table));
+    cuda::apply(rule_index_, table, groups_.data(), scaling.found_inf, scaling.grad_scale,
+                scratch.data(), torch_.stream(table.device));
+  }
+
+  // Hands the table to Python as bytes, gradients' addresses apart: they alone change every step.
+  void run_on_triton(size_t index, const py::function& launch) const {
+    const Table& table = tables_[index];
+    std::vector<Slot> slots = table.slots;
+    std::vector<void*> grads;
+    for (Slot& slot : slots) {
+      grads.push_back(slot.data[kGrad]);
+      slot.data[kGrad] = nullptr;
+    }
+    std::vector<Number> numbers = {scaling_[index].found_inf, scaling_[index].grad_scale};
+    for (const Group& group : groups_) {
+      numbers.insert(numbers.end(), std::begin(group.options), std::end(group.options));
+    }
+    const auto bytes = [](const auto& items) {
+      return py::bytes(reinterpret_cast<const char*>(items.data()),
+                       items.size() * sizeof(items[0]));
+    };
+    py::list dtypes;
+    for (int i = 0; i < kState + table.states; ++i) dtypes.append(name_of(table.dtype[i]));
+    launch(index, torch_device(table.device), py::tuple(dtypes), name_of(table.step_dtype),
+           bytes(slots), bytes(grads), bytes(numbers), bytes(table.layouts), table.chunk_count);
+  }
+
   const Torch& torch_ = torch();
   int rule_index_;
   const RuleInfo& rule_;
   py::dict state_;
-  py::function new_states_;
+  py::object grad_scale_, found_inf_;
+  bool rescale_;  // gradients are written, too
+  Backends backends_;
   Reader reader_;
-  bool rescale_;
-  std::vector<Group> groups_;
+  std::vector<std::vector<py::object>> options_;  // of each param group
+  std::vector<int> states_;                       // likewise: how many it keeps for a parameter
+  std::vector<Group> groups_;                     // of each param group and device that has slots
+  std::vector<Place> places_;                     // likewise: which they are
   std::vector<Member> members_;
   std::vector<Table> tables_;
+  std::vector<Scaling> scaling_;  // of each table
 };
 
 // None when the step is done; otherwise why torch must make it, and nothing has been changed.
 std::optional<std::string> step(const std::string& rule, const py::list& param_groups,
-                                py::dict state, py::function memory, py::function new_states,
-                                const py::object& grad_scale, const py::object& found_inf,
-                                int threads) {
-  if (!found_inf.is_none() && number(found_inf) != 0) return std::nullopt;
-  const double scale = grad_scale.is_none() ? 1 : number(grad_scale);
-  Step step(rule, std::move(state), std::move(memory), std::move(new_states), scale != 1);
+                                py::dict state, py::object grad_scale, py::object found_inf,
+                                int threads, const std::optional<std::string>& backend,
+                                const py::function& launch_triton) {
+  Step step(rule, std::move(state), std::move(grad_scale), std::move(found_inf), backend);
   try {
     step.prepare(param_groups);
   } catch (const NotOurs& error) {
     return error.reason;
   }
-  step.run(scale, threads);
+  if (!step.overflowed()) step.run(threads, launch_triton);
   return std::nullopt;
 }
 
 // What step() would return for these parameters and gradients, without making the step.
-std::optional<std::string> why_not(const py::list& param_groups, py::function memory) {
-  Reader reader(std::move(memory));
+std::optional<std::string> why_not(const py::list& param_groups,
+                                   const std::optional<std::string>& backend) {
+  Reader reader;
+  Backends backends(backend);
   std::vector<Member> members;
   for (const py::handle group : param_groups) collect(group, 0, members);
   DLTensor param, grad;
   try {
-    for (const Member& member : members) reader.read_param_and_grad(member, &param, &grad);
+    for (const Member& member : members) {
+      reader.read_param_and_grad(member, &param, &grad);
+      backends.of(param.device);
+    }
   } catch (const NotOurs& error) {
     return error.reason;
   }
@@ -468,8 +578,12 @@ PYBIND11_MODULE(_C, m) {
   torch();  // fails here, at import, where the torch installed does not suit
   m.def("step", &step);
   m.def("why_not", &why_not);
-  m.attr("build") = py::dict(py::arg("compiler") = FASTOPT_COMPILER,
-                             py::arg("instruction_set") = instruction_set());
+  m.def(
+      "why_not_cuda", [](int index) { return cuda::why_not({kDLCUDA, index}); },
+      py::arg("index") = 0);
+  m.attr("build") =
+      py::dict(py::arg("compiler") = FASTOPT_COMPILER, py::arg("cuda") = FASTOPT_CUDA_BUILD,
+               py::arg("instruction_set") = cpu::instruction_set());
 }
 
 }  // namespace fastopt

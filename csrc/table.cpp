@@ -27,21 +27,9 @@ RuleInfo describe() {
 
 bool is_complex(const DLTensor& t) { return t.dtype.code == kDLComplex; }
 
-DType dtype_of(DLDataType dtype) {
-  const int bits = dtype.code == kDLComplex ? dtype.bits / 2 : dtype.bits;
-  if (dtype.code == kDLBfloat) return DType::kBFloat16;
-  return bits == 64 ? DType::kFloat64 : bits == 32 ? DType::kFloat32 : DType::kFloat16;
-}
-
 const char* name_of(DLDataType dtype) {
   if (dtype.code == kDLComplex) return dtype.bits == 128 ? "complex128" : "complex64";
-  switch (dtype_of(dtype)) {
-    case DType::kFloat32: return "float32";
-    case DType::kFloat64: return "float64";
-    case DType::kBFloat16: return "bfloat16";
-    case DType::kFloat16: return "float16";
-  }
-  return "";
+  return name_of(dtype_of(dtype));
 }
 
 std::string shape_of(const DLTensor& t) {
@@ -195,6 +183,31 @@ const std::vector<RuleInfo>& rules() {
   return rules;
 }
 
+const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return "float32";
+    case DType::kFloat64: return "float64";
+    case DType::kBFloat16: return "bfloat16";
+    case DType::kFloat16: return "float16";
+  }
+  return "";
+}
+
+DType dtype_of(DLDataType dtype) {
+  const int bits = dtype.code == kDLComplex ? dtype.bits / 2 : dtype.bits;
+  if (dtype.code == kDLBfloat) return DType::kBFloat16;
+  return bits == 64 ? DType::kFloat64 : bits == 32 ? DType::kFloat32 : DType::kFloat16;
+}
+
+Number as_number(const DLTensor& tensor) {
+  if (numel_of(tensor) != 1 || !is_supported(tensor.dtype) || is_complex(tensor)) {
+    throw std::invalid_argument(
+        "a hyper-parameter, grad_scale or found_inf is a tensor of another kind than one " +
+        std::string("floating-point number; give it as torch.tensor(value, dtype=torch.float32)"));
+  }
+  return {0, static_cast<char*>(tensor.data) + tensor.byte_offset, dtype_of(tensor.dtype)};
+}
+
 bool is_supported(DLDataType dtype) {
   if (dtype.lanes != 1) return false;
   switch (dtype.code) {
@@ -222,7 +235,9 @@ void add_slot(std::vector<Table>& tables, const RuleInfo& rule, const Tensors& t
   slot.fresh = fresh;
   for (int i = 0; i < count; ++i) {
     slot.data[i] = static_cast<char*>(tensors.at[i].data) + tensors.at[i].byte_offset;
-    __builtin_prefetch(slot.data[i]);  // used soon, and in a step on many small tensors not cached
+    if (param.device.device_type == kDLCPU) {
+      __builtin_prefetch(slot.data[i]);  // used soon, and with many small tensors not cached
+    }
   }
   if (rule.counts_steps) {
     slot.step = static_cast<char*>(tensors.step.data) + tensors.step.byte_offset;

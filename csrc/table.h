@@ -34,6 +34,8 @@ FASTOPT_RULE typename Rule::Options options_of(const Group& group, Read read) {
   return options;
 }
 
+constexpr int kScalarBytes = 96;  // the most any rule's Scalars take
+
 // All slots that share device and dtypes: one update launch.
 struct Table {
   DLDevice device;
@@ -57,6 +59,14 @@ struct Tensors {
 // tensors do not fit together. `fresh` states were just made and take the place of missing ones.
 void add_slot(std::vector<Table>& tables, const RuleInfo& rule, const Tensors& tensors, int group,
               bool fresh, bool writes_grad);
+
+// torch's name of a dtype, and the dtype of real numbers a tensor is made of.
+const char* name_of(DType dtype);
+DType dtype_of(DLDataType dtype);
+
+// The one number that a tensor on its parameter's device holds; throws std::invalid_argument where
+// it holds more or no such number.
+Number as_number(const DLTensor& tensor);
 
 // False for dtypes no backend computes with (integers, float8): such parameters go to torch.
 bool is_supported(DLDataType dtype);

@@ -11,15 +11,16 @@ def step(
     rule: str,
     param_groups: list[dict[str, Any]],
     state: dict[Any, Any],
-    memory: Callable[[Tensor, Tensor], Tensor | str],
-    new_states: Callable[[Tensor, list[str], bool], dict[str, Tensor]],
     grad_scale: Tensor | float | None,
     found_inf: Tensor | float | None,
     threads: int,
+    backend: str | None,
+    launch_triton: Callable[..., None],
 ) -> str | None:
     """One step over all groups; returns why torch must make it instead, having changed nothing."""
 
-def why_not(
-    param_groups: list[dict[str, Any]], memory: Callable[[Tensor, Tensor], Tensor | str]
-) -> str | None:
+def why_not(param_groups: list[dict[str, Any]], backend: str | None) -> str | None:
     """What ``step`` would return, without making the step."""
+
+def why_not_cuda(index: int = 0) -> str:
+    """Why this build's CUDA kernels cannot run on a device; empty where they can."""

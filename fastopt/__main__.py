@@ -19,7 +19,7 @@ import fastopt
 from fastopt import _C
 
 
-def self_test() -> dict[str, str | None]:
+def self_test(device: str) -> dict[str, str | None]:
     """Ten steps of each optimizer beside torch's for-loop: None where they agree, else how not."""
     results: dict[str, str | None] = {}
     for name, options in {
@@ -29,23 +29,30 @@ def self_test() -> dict[str, str | None]:
     }.items():
         for dtype in (torch.float32, torch.float64):
             generator = torch.Generator().manual_seed(0)
-            start = torch.randn(40_000, generator=generator, dtype=dtype)
+            start = torch.randn(40_000, generator=generator, dtype=dtype).to(device)
             ours, stock = (torch.nn.Parameter(start.clone()) for _ in range(2))
             optimizers = (
                 getattr(fastopt, name)([ours], lr=1e-2, **options),
                 getattr(torch.optim, name)([stock], lr=1e-2, foreach=False, **options),
             )
             for _ in range(10):
-                grad = torch.randn(start.shape, generator=generator, dtype=dtype)
+                grad = torch.randn(start.shape, generator=generator, dtype=dtype).to(device)
                 for p, optimizer in zip((ours, stock), optimizers, strict=True):
                     p.grad = grad.clone()
                     optimizer.step()
             difference = (ours - stock).abs().max().item()
             agrees = difference <= 100 * torch.finfo(dtype).eps
-            results[f"{name} {str(dtype).removeprefix('torch.')}"] = (
+            results[f"{name} {str(dtype).removeprefix('torch.')} on {device}"] = (
                 None if agrees else f"differs from torch.optim by {difference:.1e}"
             )
     return results
+
+
+def devices_to_test(backends: dict[str, str | None]) -> list[str]:
+    """The CPU, and the accelerator where one of its backends is usable."""
+    accelerator = torch.accelerator.current_accelerator()
+    usable = accelerator is not None and None in (backends["cuda"], backends["triton"])
+    return ["cpu", accelerator.type] if accelerator is not None and usable else ["cpu"]
 
 
 def openmp_runtimes() -> list[str] | None:
@@ -59,16 +66,20 @@ def openmp_runtimes() -> list[str] | None:
 
 def report() -> dict[str, Any]:
     runtimes = openmp_runtimes()
-    tests = self_test()
+    backends = fastopt.backends()
+    tests: dict[str, str | None] = {}
+    for device in devices_to_test(backends):
+        tests |= self_test(device)
     return {
         "fastopt": version("fastopt"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "built": _C.build["compiler"],
+        "cuda": _C.build["cuda"],
         "instruction_set": _C.build["instruction_set"],
         "threads": torch.get_num_threads(),
         "openmp": runtimes,
-        "backends": fastopt.backends(),
+        "backends": backends,
         "self_test": tests,
         "healthy": not any(tests.values()) and (runtimes is None or len(runtimes) == 1),
     }
@@ -77,7 +88,7 @@ def report() -> dict[str, Any]:
 def describe(found: dict[str, Any]) -> str:
     lines = [
         f"fastopt {found['fastopt']}, torch {found['torch']}, Python {found['python']}",
-        f"built with {found['built']}",
+        f"built with {found['built']}, CUDA {found['cuda']}",
         f"runs {found['instruction_set']} code on {found['threads']} threads",
         *(f"OpenMP: {path}" for path in found["openmp"] or ()),
         *(f"backend {name}: {why or 'usable'}" for name, why in found["backends"].items()),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
@@ -10,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fastopt import _C
+from fastopt import _C, triton
 
 Backend = Literal["cpu", "cuda", "triton", "torch"]
 
@@ -25,14 +24,25 @@ _GRAPH_CAPTURE_CHECK = (
 _opaque_step = torch.compiler.disable(_C.step)  # type: ignore[no-untyped-call]
 
 
+def _why_not_triton() -> str | None:
+    accelerator = torch.accelerator.current_accelerator()
+    devices = [accelerator] if accelerator is not None else []
+    reasons = [triton.why_not(device) for device in [*devices, torch.device("cpu")]]
+    return None if None in reasons else reasons[0]
+
+
+# Why a backend is not usable here, or None.
+_WHY_NOT: dict[str, Callable[[], str | None]] = {
+    "cpu": lambda: None,
+    "cuda": lambda: _C.why_not_cuda() or None,
+    "triton": _why_not_triton,
+    "torch": lambda: None,
+}
+
+
 def backends() -> dict[str, str | None]:
     """Every backend by name, with None where it is usable here, else the reason why not."""
-    return {
-        "cpu": None,
-        "cuda": "this build has no CUDA kernels",
-        "triton": "this version has no Triton kernels",
-        "torch": None,
-    }
+    return {name: why_not() for name, why_not in _WHY_NOT.items()}
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -49,12 +59,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _use_backend(self, backend: Backend | None) -> None:
         if backend is None:
             return
-        reasons = backends()
-        if backend not in reasons:
-            names = ", ".join(map(repr, reasons))
+        if backend not in _WHY_NOT:
+            names = ", ".join(map(repr, _WHY_NOT))
             raise ValueError(f"unknown backend {backend!r}; choose one of {names} or None")
-        if reasons[backend] is not None:
-            raise RuntimeError(f"backend {backend!r} is not usable: {reasons[backend]}")
+        reason = _WHY_NOT[backend]()
+        if reason is not None:
+            raise RuntimeError(f"backend {backend!r} is not usable: {reason}")
         self._backend = backend
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -85,11 +95,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._rule,
                 self.param_groups,
                 self.state,
-                _memory,
-                _new_states,
                 getattr(self, "grad_scale", None),
                 getattr(self, "found_inf", None),
                 torch.get_num_threads(),
+                self._backend,
+                self._launch_triton,
             )
             if reason is None:
                 return loss
@@ -98,6 +108,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._tell(reason)
         self._torch_step()
         return loss
+
+    def _launch_triton(self, *table: Any) -> None:
+        buffers: dict[Any, Any] = self.__dict__.setdefault("_triton_buffers", {})
+        triton.launch(buffers, self._rule, triton.Table(*table))
 
     def _asked_for_torch(self) -> str | None:
         if self._backend == "torch":
@@ -150,7 +164,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Whether GradScaler may leave unscaling and skipping to the step (torch's contract)."""
         if all(group["fused"] for group in self.param_groups):
             return True
-        return self._asked_for_torch() is None and _C.why_not(self.param_groups, _memory) is None
+        if self._asked_for_torch() is not None:
+            return False
+        return _C.why_not(self.param_groups, self._backend) is None
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
@@ -166,6 +182,27 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in state["param_groups"]:
             group.setdefault("fused", None)  # torch.optim.SGD would say False: not ours
         super().__setstate__(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with step counts where torch keeps them: on the CPU, unless a group is fused
+        or capturable. Its own step would wait for every one of them on an accelerator."""
+        state_dict = super().state_dict()
+        counts = {
+            i: state_dict["state"][i]["step"]
+            for group in state_dict["param_groups"]
+            if not (group["fused"] or group.get("capturable"))
+            for i in group["params"]
+            if "step" in state_dict["state"].get(i, {})
+        }
+        away = {
+            i: step for i, step in counts.items() if isinstance(step, Tensor) and not step.is_cpu
+        }
+        if away:
+            values = torch.stack([step.double() for step in away.values()]).tolist()  # one wait
+            for (i, step), value in zip(away.items(), values, strict=True):
+                on_cpu = torch.tensor(value, dtype=step.dtype)
+                state_dict["state"][i] = {**state_dict["state"][i], "step": on_cpu}
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, except that float32 states of 16-bit parameters stay float32."""
@@ -200,30 +237,3 @@ def _chooses_torch(options: dict[str, Any]) -> bool:
 
 def _is_wider(dtype: torch.dtype, than: torch.dtype) -> bool:
     return dtype == torch.float32 and than in (torch.bfloat16, torch.float16)
-
-
-def _memory(param: Tensor, tensor: Tensor) -> Tensor | str:
-    """The plain tensor behind a subclass's ``tensor``, laid out as ``param``, or why there is none.
-
-    A DTensor's is its local shard.
-    """
-    distributed = sys.modules.get("torch.distributed.tensor")  # loaded where there are DTensors
-    if distributed is not None and isinstance(tensor, distributed.DTensor):
-        if not isinstance(param, distributed.DTensor) or (
-            (tensor.device_mesh, tensor.placements) != (param.device_mesh, param.placements)
-        ):
-            return "a DTensor is sharded differently than its parameter"
-        tensor = tensor._local_tensor
-    if hasattr(tensor, "wait"):  # AsyncCollectiveTensor: its values are still on their way
-        tensor = tensor.wait()
-    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        return f"{type(tensor).__name__} is a tensor subclass without memory of its own"
-    return tensor
-
-
-def _new_states(param: Tensor, keys: list[str], counts_steps: bool) -> dict[str, Tensor]:
-    """The states of a parameter's first step, as torch makes them."""
-    states = {"step": torch.zeros((), dtype=torch.float32)} if counts_steps else {}
-    for key in keys:
-        states[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
-    return states

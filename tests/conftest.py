@@ -1,9 +1,10 @@
 """What every test starts from: a seed, two threads, bounded hypothesis runs, a GPU if it asks.
 
-In CI nothing but a GPU may be missing: any other skip is a failure.
+In CI nothing but a GPU and CUDA's compiler may be missing: any other skip is a failure.
 """
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -26,18 +27,28 @@ def _seed():
     torch.manual_seed(0)
 
 
+def missing(node):
+    """What a marked test needs and this machine lacks."""
+    if node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        return "a CUDA device"
+    if node.get_closest_marker("nvcc") and shutil.which("nvcc") is None:
+        return "nvcc"
+    return None
+
+
 @pytest.fixture(autouse=True)
-def _skip_without_gpu(request):
-    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+def _skip_where_something_is_missing(request):
+    if what := missing(request.node):
+        pytest.skip(f"needs {what}")
 
 
 def _fail_in_ci_if_skipped(report, node):
     is_xfail = hasattr(report, "wasxfail")  # pytest reports those as skipped, too
-    if IN_CI and report.skipped and not is_xfail and not node.get_closest_marker("gpu"):
+    may_skip = node.get_closest_marker("gpu") or missing(node)
+    if IN_CI and report.skipped and not is_xfail and not may_skip:
         _, _, why = report.longrepr
         report.outcome = "failed"
-        report.longrepr = f"in CI only GPU tests may be skipped: {why}"
+        report.longrepr = f"in CI only what needs a GPU or nvcc may be skipped: {why}"
     return report
 
 

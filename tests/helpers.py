@@ -118,6 +118,25 @@ def assert_agrees_with_torch(ours: Optimizer, stock: Optimizer) -> None:
     assert_same_tensors(ours, stock, **LAST_DIGITS)
 
 
+def assert_same_bits(actual: Optimizer, expected: Optimizer) -> None:
+    """Parameters and states agree bit for bit, wherever they are. Only NaNs may differ in theirs:
+    IEEE 754 leaves open which NaN an operation gives, and processors differ."""
+    for mine, theirs in zip(tensors_of(actual), tensors_of(expected), strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            assert _same_bits(mine[name].detach().cpu(), theirs[name].detach().cpu()), name
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype:
+        return False
+    if a.is_complex():
+        a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    bits_differ = a.contiguous().view(integer) != b.contiguous().view(integer)
+    return not (bits_differ & ~(a.isnan() & b.isnan())).any()
+
+
 def assert_refused(optimizer: Optimizer, match: str) -> None:
     """The step raises ValueError with such a text and changes nothing."""
     before = snapshot(optimizer)

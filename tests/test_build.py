@@ -43,7 +43,13 @@ def test_extension_exports_no_function_but_its_own():
 
 
 def test_extension_is_small():
-    assert Path(_C.__file__).stat().st_size < MEGABYTE
+    with_cuda = not _C.build["cuda"].startswith("none")
+    assert Path(_C.__file__).stat().st_size < (5 if with_cuda else 1) * MEGABYTE
+
+
+@pytest.mark.nvcc
+def test_cuda_kernels_are_built_where_nvcc_is_found():
+    assert re.fullmatch(r"1\d\.\d+ for [\d ]+ and later", _C.build["cuda"])
 
 
 # Packages.
@@ -51,10 +57,11 @@ def test_extension_is_small():
 
 @pytest.fixture(scope="module")
 def build_tools(tmp_path_factory):
-    """A folder of what setup.py imports, and no torch; skips where no package index is at hand."""
+    """A folder of what setup.py needs, and no torch; skips where no package index is at hand."""
     folder = tmp_path_factory.mktemp("build_tools")
     install = [sys.executable, "-m", "pip", "install", "-q", "--target", folder]
-    done = subprocess.run([*install, "setuptools>=77", "pybind11>=3.0"], capture_output=True)
+    tools = ["setuptools>=77", "pybind11>=3.0", "cmake", "ninja"]
+    done = subprocess.run([*install, *tools], capture_output=True)
     if done.returncode:
         pytest.skip(f"no package index: {done.stderr.decode()}")
     return folder
@@ -76,13 +83,14 @@ def checkout(sources, tmp_path):
 
 
 @pytest.mark.network
-def test_wheel_builds_in_isolation_without_torch(checkout, build_tools, tmp_path):
+def test_wheel_builds_in_isolation_without_torch_and_cuda(checkout, build_tools, tmp_path):
     """pip's isolated environment has what pyproject.toml names and nothing else."""
-    pip = [sys.executable, "-m", "pip"]
-    run(*pip, "wheel", "-q", "--no-deps", "-w", tmp_path, checkout)
+    wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, checkout]
+    run(*wheel, env={**os.environ, "FASTOPT_CUDA": "OFF"})
     (wheel,) = tmp_path.glob("fastopt-*.whl")
     assert wheel.stat().st_size < MEGABYTE
     with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
         names = archive.namelist()
         (metadata_file,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(archive.read(metadata_file).decode())
@@ -93,6 +101,14 @@ def test_wheel_builds_in_isolation_without_torch(checkout, build_tools, tmp_path
     assert any(name.endswith("/LICENSE") for name in names)
     always = [need for need in metadata.get_all("Requires-Dist") if "extra ==" not in need]
     assert always == ["torch>=2.10"]
+
+    says = "from fastopt import _C; print(_C.build['cuda'], _C.why_not_cuda(), sep=chr(10))"
+    installed = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    reason = "FASTOPT_CUDA=OFF asked for none"
+    assert run(sys.executable, "-c", says, cwd=tmp_path, env=installed).splitlines() == [
+        f"none: {reason}",
+        f"this build has no CUDA kernels: {reason}",
+    ]
 
     # A function the compiler leaves for the linker to share, such as one of the standard library,
     # might be taken from the AVX-512 copy and run where there is no AVX-512.
@@ -130,6 +146,51 @@ def test_missing_compiler_is_said_in_one_sentence(checkout, build_tools, tmp_pat
     said = done.stderr.splitlines()
     assert "fastopt needs a C++17 compiler to build; install g++ or clang++, or set CXX" in said
     assert "Traceback" not in done.stderr
+
+
+OLD_NVCC = "echo release 12.3, V12.3.107"
+NVCC_FOR_ANOTHER_COMPILER = """
+case $1 in
+  --version) echo release 13.0, V13.0.88 ;;
+  --list-gpu-code) echo sm_80 ;;
+  *) echo '#error -- unsupported GNU version!' >&2; exit 1 ;;
+esac
+"""
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    ("nvcc", "why"),
+    [
+        (OLD_NVCC, "is of CUDA 12.3, the oldest that will do is 12.4"),
+        (NVCC_FOR_ANOTHER_COMPILER, "#error -- unsupported GNU version!"),
+    ],
+    ids=["old", "for another compiler"],
+)
+def test_cuda_that_is_demanded_and_cannot_be_built_is_an_error(
+    nvcc, why, checkout, build_tools, tmp_path
+):
+    program = tmp_path / "bin" / "nvcc"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\n{nvcc}")
+    program.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext"],
+        cwd=checkout,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(build_tools),
+            "PATH": f"{build_tools}/bin:{os.environ['PATH']}",
+            "CUDA_HOME": str(tmp_path),
+            "FASTOPT_CUDA": "ON",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    said = " ".join(done.stderr.split())  # CMake breaks lines
+    assert "FASTOPT_CUDA=ON, but there is no way to build it" in said
+    assert why in said
 
 
 # Loading.

@@ -1,4 +1,5 @@
-"""A suite that skips is green for nothing: in CI conftest.py lets only GPU tests be skipped."""
+"""A suite that skips is green for nothing: in CI conftest.py lets only tests be skipped that need
+a GPU, or nvcc where there is none."""
 
 from pathlib import Path
 
@@ -27,6 +28,9 @@ def test_of_nothing(value): pass
 @pytest.mark.gpu
 def test_on_gpu(): pytest.skip("no such device")
 
+@pytest.mark.nvcc
+def test_of_machine_code(): pytest.skip("no such build")
+
 @pytest.mark.xfail
 def test_of_a_bug(): raise AssertionError
 """
@@ -36,24 +40,32 @@ def test_of_a_bug(): raise AssertionError
 def outcomes(pytester, monkeypatch):
     """Runs SUITE, and a module that skips itself whole, in an environment with CI set or not."""
     pytester.makeconftest((Path(__file__).parent / "conftest.py").read_text())
-    pytester.makeini("[pytest]\nmarkers = gpu")
+    pytester.makeini("[pytest]\nmarkers =\n  gpu\n  nvcc")
     pytester.makepyfile(test_suite=SUITE, test_module="import pytest; pytest.importorskip('nope')")
 
-    def run(ci):
+    def run(ci, nvcc=False):
         monkeypatch.setenv("CI", ci)
+        monkeypatch.setenv("PATH", str(pytester.path))
+        if nvcc:
+            pytester.path.joinpath("nvcc").touch(mode=0o755)
         result = pytester.runpytest_subprocess("-ra", "--continue-on-collection-errors")
         return result.parseoutcomes(), result.stdout
 
     return run
 
 
-def test_in_ci_every_skip_but_a_gpu_tests_is_a_failure(outcomes):
+def test_in_ci_a_skip_is_a_failure_but_for_want_of_a_gpu_or_nvcc(outcomes):
     counts, output = outcomes(ci="true")
-    assert counts == {"passed": 1, "xfailed": 1, "skipped": 1, "failed": 1, "errors": 4}
+    assert counts == {"passed": 1, "xfailed": 1, "skipped": 2, "failed": 1, "errors": 4}
     for reason in ("library", "file", "service"):
-        output.fnmatch_lines(f"*in CI only GPU tests may be skipped: *no such {reason}*")
+        output.fnmatch_lines(f"*in CI only what needs a GPU or nvcc may be*: *no such {reason}*")
+
+
+def test_in_ci_a_test_that_needs_nvcc_must_run_where_there_is_one(outcomes):
+    counts, _ = outcomes(ci="true", nvcc=True)
+    assert counts == {"passed": 1, "xfailed": 1, "skipped": 1, "failed": 2, "errors": 4}
 
 
 def test_outside_ci_skips_are_skips(outcomes):
     counts, _ = outcomes(ci="")
-    assert counts == {"passed": 1, "xfailed": 1, "skipped": 6}
+    assert counts == {"passed": 1, "xfailed": 1, "skipped": 7}

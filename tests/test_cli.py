@@ -23,8 +23,9 @@ def test_report_names_every_backend_and_is_healthy():
     assert lines[-1] == "healthy"
     for backend, reason in fastopt.backends().items():
         assert f"backend {backend}: {reason or 'usable'}" in lines
-    assert len([line for line in lines if line.startswith("self-test")]) == 2 * len(OPTIONS)
-    assert all(line.endswith(": agrees") for line in lines if line.startswith("self-test"))
+    tests = [line for line in lines if line.startswith("self-test")]
+    assert sum(" on cpu:" in line for line in tests) == 2 * len(OPTIONS)
+    assert all(line.endswith(": agrees") for line in tests)
 
 
 def test_json_report_has_the_same_facts():
@@ -34,10 +35,10 @@ def test_json_report_has_the_same_facts():
     assert report["backends"] == fastopt.backends()
     assert report["threads"] > 0
     assert len(report["openmp"]) == 1
-    assert report["self_test"] == dict.fromkeys(
-        (f"{name} {dtype}" for name in OPTIONS for dtype in ("float32", "float64")), None
-    )
-    described = {"fastopt", "python", "built", "instruction_set"}
+    for name in OPTIONS:
+        for dtype in ("float32", "float64"):
+            assert report["self_test"][f"{name} {dtype} on cpu"] is None
+    described = {"fastopt", "python", "built", "cuda", "instruction_set"}
     assert all(isinstance(report[key], str) for key in described)
 
 
@@ -66,8 +67,8 @@ def test_optimizer_that_disagrees_with_torch_is_exit_code_1(main, monkeypatch):
     monkeypatch.setattr(fastopt, "AdamW", of_twice_the_rate)
     code, printed = main()
     assert code == 1
-    assert "self-test AdamW float32: differs from torch.optim by" in printed
-    assert "self-test Adam float32: agrees" in printed
+    assert "self-test AdamW float32 on cpu: differs from torch.optim by" in printed
+    assert "self-test Adam float32 on cpu: agrees" in printed
     assert printed.endswith("NOT healthy: see above\n")
 
 

@@ -148,9 +148,7 @@ def test_unknown_backend_is_refused_with_the_names_there_are(name):
 
 @every_optimizer
 def test_backend_that_cannot_run_here_is_refused_with_the_reason(name, monkeypatch):
-    monkeypatch.setattr(
-        "fastopt.optimizer.backends", lambda: {"cpu": None, "cuda": "no driver was found"}
-    )
+    monkeypatch.setitem(fastopt.optimizer._WHY_NOT, "cuda", lambda: "no driver was found")
     with pytest.raises(RuntimeError, match="no driver was found"):
         getattr(fastopt, name)(one(), backend="cuda")
 

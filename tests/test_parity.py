@@ -6,7 +6,7 @@ import torch
 import fastopt
 from cases import BFLOAT16, CASES, FLOAT16, FLOAT32, OPTIONS, UNIFORM, Case
 from helpers import LAST_DIGITS, assert_agrees_with_torch, tensors_of, train
-from oracle import Oracle, wide
+from oracle import SAMPLING, Oracle, rms_ulp, wide
 
 DOUBLE = (torch.float64, torch.complex128)
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -81,10 +81,6 @@ def test_every_step_is_computed_in_float32_and_rounded_once(case):
             assert errors.max() < (0.51 if dtypes[name] in SIXTEEN_BIT else 64), name
 
 
-# two equally good roundings of these samples differ by less than this
-SAMPLING = 1.01
-
-
 @pytest.mark.parametrize(
     ("optimizer", "options"),
     [(optimizer, options) for optimizer in OPTIONS for options in OPTIONS[optimizer]],
@@ -92,22 +88,8 @@ SAMPLING = 1.01
 def test_float32_is_as_near_to_the_truth_as_torchs_fused_step(optimizer, options):
     case = Case(optimizer, options, FLOAT32, "large")
 
-    def rms_ulp(make):
-        squares = {}
-        for seed in range(2):
-            params = case.parameters(seed)
-            optimizer = make(params)
-            oracle = Oracle(optimizer)
-            for step in range(20):
-                case.set_gradients(params, 1000 * seed + step)
-                oracle.step()
-                optimizer.step()
-            for name, errors in oracle.ulp_errors().items():
-                squares.setdefault(name, []).append(errors.square().mean())
-        return {name: torch.stack(values).mean().sqrt() for name, values in squares.items()}
-
-    ours = rms_ulp(lambda params: case.make_optimizer(params, fastopt))
-    torchs = rms_ulp(lambda params: case.make_optimizer(params, fused=True))
+    ours = rms_ulp(case, lambda params: case.make_optimizer(params, fastopt))
+    torchs = rms_ulp(case, lambda params: case.make_optimizer(params, fused=True))
     worse = {
         name: f"{ours[name]:.4f} ulp, torch {torchs[name]:.4f}"
         for name in ours

@@ -16,7 +16,7 @@
 #define FASTOPT_INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
-namespace fastopt {
+namespace fastopt::cpu {
 namespace {
 
 // Elements converted at a time: five float buffers of it stay in the L1 cache.
@@ -242,4 +242,4 @@ void FASTOPT_NAME(FASTOPT_ISA)(const Work& work) {
   kApply[work.rule](work);
 }
 
-}  // namespace fastopt
+}  // namespace fastopt::cpu

@@ -3,7 +3,7 @@
 
 #include "../table.h"
 
-namespace fastopt {
+namespace fastopt::cpu {
 
 // What apply.cpp reads. Raw pointers only: apply.cpp is compiled once per instruction set, and any
 // inline function of the standard library in it could reach processors that lack the instructions.
@@ -23,8 +23,6 @@ struct Work {
   int threads;
 };
 
-constexpr int kScalarBytes = 96;  // the most any rule's Scalars take
-
 // The name of the instruction set in use: "avx512", "avx2" or "baseline".
 const char* instruction_set();
 
@@ -32,4 +30,4 @@ const char* instruction_set();
 // Needs no GIL.
 void apply(int rule, const Table& table, const Group* groups, float grad_scale, int threads);
 
-}  // namespace fastopt
+}  // namespace fastopt::cpu

@@ -8,7 +8,7 @@
 
 #include "apply.h"
 
-namespace fastopt {
+namespace fastopt::cpu {
 
 #define FASTOPT_DECLARE(isa) void apply_##isa(const Work&);
 FASTOPT_DECLARE(baseline)
@@ -63,9 +63,8 @@ void apply(int rule, const Table& table, const Group* groups, float grad_scale, 
   const std::unique_ptr<unsigned char[]> scalars(
       new unsigned char[table.slots.size() * kScalarBytes]);
   chosen().apply({rule, table.states, table.dtype, table.step_dtype, groups, table.slots.data(),
-                  static_cast<int64_t>(table.slots.size()), table.chunk_count,
-                  table.layouts.data(), table.numel, scalars.get(), grad_scale,
-                  usable_threads(threads)});
+                  static_cast<int64_t>(table.slots.size()), table.chunk_count, table.layouts.data(),
+                  table.numel, scalars.get(), grad_scale, usable_threads(threads)});
 }
 
-}  // namespace fastopt
+}  // namespace fastopt::cpu

@@ -1,0 +1,61 @@
+// What the CUDA runtime says of devices. Built with the runtime's headers; no kernels here.
+#include "device.h"
+
+#include <cuda_runtime_api.h>
+
+#include <iterator>
+
+namespace fastopt::cuda {
+namespace {
+
+int attribute(cudaDeviceAttr name, DLDevice device) {
+  int value = 0;
+  cudaDeviceGetAttribute(&value, name, device.device_id);
+  return value;
+}
+
+std::string version(int capability) {
+  return std::to_string(capability / 10) + "." + std::to_string(capability % 10);
+}
+
+}  // namespace
+
+std::string why_not(DLDevice device) {
+  if (device.device_type != kDLCUDA) return "the CUDA backend takes CUDA tensors only";
+  int major = 0;
+  const cudaError_t error =
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.device_id);
+  if (error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver) {
+    return "there is no CUDA device, or its driver is too old for this build's CUDA";
+  }
+  if (error != cudaSuccess) return std::string("CUDA says: ") + cudaGetErrorString(error);
+  const int capability = 10 * major + attribute(cudaDevAttrComputeCapabilityMinor, device);
+  // Machine code runs on later devices of its own generation, the newest's PTX on all to come.
+  constexpr int kBuilt[] = {FASTOPT_CUDA_ARCHITECTURES};
+  for (const int built : kBuilt) {
+    if (built <= capability && (built / 10 == major || built == kBuilt[std::size(kBuilt) - 1])) {
+      return "";
+    }
+  }
+  std::string versions;
+  for (const int built : kBuilt) versions += version(built) + ", ";
+  return "the GPU has compute capability " + version(capability) + ", this build is for " +
+         versions +
+         "and later; rebuild with FASTOPT_CUDA_ARCHITECTURES=" + std::to_string(capability);
+}
+
+int multiprocessors(DLDevice device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
+
+DeviceGuard::DeviceGuard(DLDevice device) {
+  int current = 0;
+  cudaGetDevice(&current);
+  if (current == device.device_id) return;
+  cudaSetDevice(device.device_id);
+  previous_ = current;
+}
+
+DeviceGuard::~DeviceGuard() {
+  if (previous_ >= 0) cudaSetDevice(previous_);
+}
+
+}  // namespace fastopt::cuda

@@ -1,0 +1,13 @@
+// In place of the CUDA backend where there was no compiler for it.
+#include "apply.h"
+#include "device.h"
+
+namespace fastopt::cuda {
+
+std::string why_not(DLDevice) { return "this build has no CUDA kernels: " FASTOPT_NO_CUDA; }
+
+int64_t scratch_bytes(const Table&) { return 0; }
+
+void apply(int, const Table&, const Group*, const Number&, const Number&, void*, void*) {}
+
+}  // namespace fastopt::cuda

@@ -1,0 +1,79 @@
+"""The Triton backend: csrc/rules mirrored line for line, applied to the core's tables.
+
+triton is imported in this folder only, and only once there is a table to apply a rule to.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any, NamedTuple
+
+import torch
+
+_OLDEST = (3, 2)
+
+_YES = ("1", "true", "yes", "on", "y")  # as triton reads its environment
+
+
+class Table(NamedTuple):
+    """A table of csrc/table.h, with the groups of its step, as raw little-endian memory.
+
+    Args:
+        place: among the tables of the step.
+        device: where all of its tensors are.
+        dtypes: of param, grad and the states in use.
+        step_dtype: of the step counts; any where the rule counts none.
+        slots: struct Slot each, without the gradients' addresses.
+        grads: the address of each slot's gradient.
+        numbers: struct Number each: found_inf (0: none), grad_scale (1: none), then every group's.
+        layouts: Table::layouts.
+        chunk_count: of all slots together.
+    """
+
+    place: int
+    device: torch.device
+    dtypes: tuple[str, ...]
+    step_dtype: str
+    slots: bytes
+    grads: bytes
+    numbers: bytes
+    layouts: bytes
+    chunk_count: int
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why Triton cannot step on tensors of this device, or None where it can."""
+    interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in _YES
+    if device.type == "cpu" and not interpreted:
+        return "Triton runs on CPU tensors only in its interpreter; set TRITON_INTERPRET=1"
+    if device.type not in ("cpu", "cuda", "xpu"):
+        return f"Triton has no backend for {device.type} tensors"
+    if device.type != "cpu" and interpreted:
+        return "TRITON_INTERPRET=1 is set, and the interpreter reads CPU memory only"
+    return why_not_import()
+
+
+@functools.cache
+def why_not_import() -> str | None:
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); pip install triton"
+    oldest = ".".join(map(str, _OLDEST))
+    if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST:
+        return f"triton {triton.__version__} is too old; pip install 'triton>={oldest}'"
+    return None
+
+
+def launch(cache: dict[Any, Any], rule: str, table: Table) -> None:
+    """Make one rule's step on one table, on its device's current stream, without waiting for it.
+
+    Args:
+        cache: what an optimizer keeps on its devices from step to step; its own, empty at first.
+        rule: the rule's kName.
+        table: the table.
+    """
+    from fastopt.triton.apply import apply
+
+    apply(cache, rule, table)

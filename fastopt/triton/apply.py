@@ -1,0 +1,123 @@
+"""One rule on one table: what is sent to the device, and the two launches."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastopt.triton import Table, adam, kernels, sgd
+from fastopt.triton.convert import STORAGE
+
+# As csrc/rules/rules.h: one line here registers a rule's mirror.
+RULES = {
+    "adam": adam,
+    "sgd": sgd,
+}
+
+# The rules say where to round: no multiplication is fused with an addition.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+
+# Slots of a program of advance, one a thread.
+SLOTS = 128
+
+# Elements that a program of update takes at a time. A block is 8 a thread: one 128-bit access to a
+# 16-bit tensor, two to float32, four to float64. float32 Adam then needs 87 registers on sm_90, and
+# the 5 programs that share a multiprocessor have 80 KiB of loads in flight, several times what
+# hides the latency of its memory. Lanes, where each access is single anyway, are one a thread:
+# more of them would need more registers than the blocks do.
+BLOCK, LANES = 1024, 128
+
+_ROW_BYTES = 8 * kernels.SLOT.value
+
+
+def apply(cache: dict[Any, Any], rule: str, table: Table) -> None:
+    """See fastopt.triton.launch."""
+    slot_count = len(table.slots) // _ROW_BYTES
+    advance, update = constants(rule, table.dtypes, table.step_dtype, table.device.type)
+    with _surroundings(table.device):
+        slots, grads, numbers, layouts = on_device(cache, table)
+        scalars = torch.empty(
+            (slot_count, kernels.ROW.value),
+            dtype=torch.float64 if table.dtypes[0] == "float64" else torch.float32,
+            device=table.device,
+        )
+        kernels.advance[(-(-slot_count // SLOTS),)](
+            slots, numbers, scalars, slot_count, *advance, **OPTIONS
+        )
+        if table.chunk_count:
+            kernels.update[(table.chunk_count,)](
+                slots, grads, layouts, scalars, slot_count, *update, **OPTIONS
+            )
+
+
+class Constants(NamedTuple):
+    advance: tuple[Any, ...]
+    update: tuple[Any, ...]
+
+
+@functools.cache
+def constants(rule: str, dtypes: tuple[str, ...], step_dtype: str, device: str) -> Constants:
+    """The kernels' constexpr arguments."""
+    mirror = RULES[rule]
+    storage = [STORAGE[dtype] for dtype in dtypes]
+    unused = [storage[0]] * (2 + kernels.MOST_STATES.value - len(storage))
+    # As many elements at a time as 128 bits of the widest dtype hold. Were each dtype accessed by
+    # 128 bits, the compiler would pass some through shared memory, to compute with all alike.
+    vector = 128 // max(dtype.primitive_bitwidth for dtype in storage)
+    # To the interpreter an operation costs the same on any number of elements.
+    whole = kernels.CHUNK.value
+    block, lanes = (whole, whole) if device == "cpu" else (BLOCK, LANES)
+    return Constants(
+        (mirror.advance, mirror.COUNTS_STEPS, STORAGE[step_dtype], SLOTS),
+        (mirror.update, len(dtypes) - 2, *storage, *unused, block, lanes, vector),
+    )
+
+
+def _surroundings(device: torch.device) -> AbstractContextManager[Any]:
+    """What a launch needs around it: its device as the current one, or numpy's silence."""
+    if device.type == "cpu":
+        from fastopt.triton import interpreter
+
+        return interpreter.interpreting()
+    return torch.accelerator.device_index(device.index)
+
+
+def on_device(cache: dict[Any, Any], table: Table) -> list[Tensor]:
+    """The table's slots, grads, numbers and layouts on its device: sent only where they changed.
+
+    What was sent is never overwritten, only replaced by a new tensor. Each stream has its own, for
+    torch then does the rest: it gives their memory to nobody before the stream's kernels have read
+    them. A step on another stream sends them there, too.
+    """
+    data = (table.slots, table.grads, table.numbers, table.layouts)
+    if table.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # Every replay copies them anew, so the pinned memory must live as long as the graph may: as
+        # long as the optimizer, whose states it updates. The copies are the graph's own, nothing
+        # for later steps; and what earlier steps sent may be gone when it is replayed.
+        staged = [stage(field, table.device) for field in data]
+        cache.setdefault("captured", []).append(staged)
+        return [send(staging, table.device) for staging in staged]
+    cpu = table.device.type == "cpu"
+    stream = None if cpu else torch.accelerator.current_stream(table.device).stream_id
+    held = cache.setdefault((table.place, table.device, stream), {})
+    for i, field in enumerate(data):
+        if i not in held or held[i][0] != field:
+            held[i] = field, send(stage(field, table.device), table.device)
+    return [held[i][1] for i in range(len(data))]
+
+
+def stage(data: bytes, device: torch.device) -> Tensor:
+    """Pinned memory to send from. Always new: torch reuses it, but not before it has been sent."""
+    words = len(data) // 8
+    staging = torch.empty(words, dtype=torch.int64, pin_memory=device.type != "cpu")
+    ctypes.memmove(staging.data_ptr(), data, len(data))
+    return staging
+
+
+def send(staging: Tensor, device: torch.device) -> Tensor:
+    return staging.to(device, non_blocking=True)

@@ -1,0 +1,324 @@
+"""The source of the CUDA kernels, run on the CPU: the same bits as the CPU backend.
+
+FASTOPT_CUDA_ON_HOST builds the core with csrc/cuda/apply.cu compiled as C++ (tests/cuda_on_host),
+and backend="cuda" then steps CPU tensors: block by block, thread by thread, every vector checked
+for alignment and, under `make sanitize`, every access for its bounds. CPU tensors count as the
+device's there: the kernel itself reads a tensor lr, found_inf or grad_scale.
+
+What this cannot show, being one thread after another, of another compiler:
+- races between threads, between streams, or between one step and the next;
+- what the device's compiler makes of the source, such as contraction (test_machine_code.py);
+- occupancy, memory traffic, speed;
+- pointers to the wrong memory, launches on the wrong stream or device, graphs, synchronisation.
+The rest of it, test_gpu.py shows on a GPU.
+"""
+
+import copy
+import ctypes
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastopt
+from cases import BFLOAT16, CASES, CHUNK, FLOAT16, FLOAT32, FLOAT64, unaligned
+from fastopt import optimizer as engine
+from helpers import (
+    assert_equal,
+    assert_same_bits,
+    every_optimizer,
+    make,
+    native_only,
+    parameters,
+    snapshot,
+    tensors_of,
+    train,
+)
+
+pytestmark = [native_only, pytest.mark.network]
+
+ROOT = Path(__file__).parents[1]
+
+# As in csrc/cuda/apply.cu: threads of a block, and what one launch of advance takes.
+ADVANCE_THREADS, UPDATE_THREADS = 32, 256
+SLOTS, GROUPS, LAYOUT_NUMBERS = 320, 16, 385
+
+
+class Launch(ctypes.Structure):
+    blocks: int
+    threads: int
+    vectors_streamed: int
+    _fields_ = [(name, ctypes.c_int64) for name in ("blocks", "threads", "vectors_streamed")]
+
+
+class Launches(NamedTuple):
+    """Of one step: how often advance was launched, and the launch of update."""
+
+    advance: int
+    update: Launch
+
+
+@dataclass
+class Device:
+    library: ctypes.CDLL
+
+    def launches(self) -> list[Launch]:
+        """Since last asked."""
+        taken = (Launch * 10_000)()
+        return taken[: self.library.take_launches(taken, ctypes.c_int64(len(taken)))]
+
+    def step(self, optimizer: torch.optim.Optimizer) -> Launches:
+        self.launches()
+        optimizer.step()
+        *advance, update = self.launches()
+        assert {launch.threads for launch in advance} == {ADVANCE_THREADS}
+        assert update.threads == UPDATE_THREADS
+        return Launches(len(advance), update)
+
+
+@pytest.fixture(scope="session")
+def core_on_host():
+    """A core whose CUDA kernels run on the CPU: the installed one where it is such a build."""
+    if hasattr(ctypes.CDLL(engine._C.__file__), "take_launches"):
+        return engine._C
+    folder = ROOT / "build" / "cuda_on_host"
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade"]
+    subprocess.run(
+        [*install, "--target", folder, ROOT],
+        env={**os.environ, "FASTOPT_CUDA_ON_HOST": "ON"},
+        check=True,
+    )
+    (path,) = (folder / "fastopt").glob("_C.*.so")
+    spec = importlib.util.spec_from_file_location("cuda_on_host._C", path)
+    core = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(core)
+    return core
+
+
+@pytest.fixture(autouse=True)
+def device(core_on_host, monkeypatch):
+    monkeypatch.setattr(engine, "_C", core_on_host)
+    monkeypatch.setitem(engine._WHY_NOT, "cuda", lambda: None)
+    return Device(ctypes.CDLL(core_on_host.__file__))
+
+
+def twins(name: str, params: list[Any], **kwargs: Any) -> list[torch.optim.Optimizer]:
+    """The same optimizer over equal parameters or groups of them, once with each backend."""
+    return [
+        make(fastopt, name, list(map(copied, params)), backend=backend, **kwargs)
+        for backend in ("cuda", "cpu")
+    ]
+
+
+def copied(item: Any) -> Any:
+    """A parameter of these values, with the strides they have; or a group of one."""
+    if isinstance(item, dict):
+        return {**item, "params": [copied(item["params"])]}
+    return torch.nn.Parameter(copy.deepcopy(item))
+
+
+def set_gradients(*optimizers: torch.optim.Optimizer) -> None:
+    for params in zip(*map(parameters, optimizers), strict=True):
+        grad = torch.randn_like(params[0])
+        for param in params:
+            param.grad = grad.clone()
+
+
+def assert_steps_alike(cuda: torch.optim.Optimizer, cpu: torch.optim.Optimizer, steps=2) -> None:
+    for _ in range(steps):
+        set_gradients(cuda, cpu)
+        cuda.step()
+        cpu.step()
+        assert_same_bits(cuda, cpu)
+
+
+# The table of cases.
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_same_bits_as_the_cpu_backend(case):
+    cuda, cpu = (
+        case.make_optimizer(case.parameters(), fastopt, backend=backend)
+        for backend in ("cuda", "cpu")
+    )
+    train(case, cuda, range(3))
+    train(case, cpu, range(3))
+    assert_same_bits(cuda, cpu)
+
+
+# Where elements lie.
+
+
+@pytest.mark.parametrize("dtypes", [FLOAT32, FLOAT64, BFLOAT16], ids=str)
+@every_optimizer
+def test_every_size_around_vectors_and_chunks(name, dtypes):
+    sizes = [*range(1, 18), *(k * CHUNK + d for k in (1, 2) for d in (-9, -8, -1, 0, 1, 8, 9))]
+    values = [torch.randn(size).to(dtypes.param) for size in sizes]
+    assert_steps_alike(*twins(name, values))
+
+
+@every_optimizer
+def test_blocks_take_several_turns(device, name):
+    cuda, cpu = twins(name, [torch.randn(3), torch.randn(25 * CHUNK + 1), torch.randn(34 * CHUNK)])
+    assert_steps_alike(cuda, cpu)
+    set_gradients(cuda)
+    assert device.step(cuda).update.blocks <= 61 / 3
+
+
+@pytest.mark.parametrize("dtypes", [FLOAT32, FLOAT64, BFLOAT16, FLOAT16], ids=str)
+def test_aligned_tensors_move_in_vectors_of_16_bytes(device, dtypes):
+    cuda, _ = twins("AdamW", [torch.randn(2 * CHUNK).to(dtypes.param)])
+    set_gradients(cuda)
+    tensors = 5  # parameter, gradient and three states
+    read = tensors * 2 * CHUNK * dtypes.param.itemsize
+    assert device.step(cuda).update.vectors_streamed * 16 == read
+
+
+@pytest.mark.parametrize("at", ["param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"])
+@pytest.mark.parametrize("dtypes", [FLOAT32, FLOAT64, BFLOAT16], ids=str)
+def test_one_unaligned_tensor_is_enough_to_go_without_vectors(device, dtypes, at):
+    value = torch.randn(CHUNK + 5).to(dtypes.param)
+    optimizers = twins("AdamW", [unaligned(value) if at == "param" else value])
+    assert_steps_alike(*optimizers, steps=1)
+    for optimizer in optimizers:
+        (state,) = optimizer.state.values()
+        if at in state:
+            state[at] = unaligned(state[at])
+    set_gradients(*optimizers)
+    for optimizer in optimizers:
+        (param,) = parameters(optimizer)
+        if at == "grad":
+            param.grad = unaligned(param.grad)
+    cuda, cpu = optimizers
+    assert device.step(cuda).update.vectors_streamed == 0
+    cpu.step()
+    assert_same_bits(cuda, cpu)
+
+
+@every_optimizer
+def test_a_layout_of_many_dimensions(name):
+    value = torch.randn((2,) * 13).permute(*range(12, -1, -2), *range(1, 13, 2))
+    cuda, cpu = twins(name, [value])
+    for optimizer in (cuda, cpu):
+        (param,) = parameters(optimizer)
+        param.grad = torch.arange(2.0**13).view(param.shape)  # no two dimensions merge
+        optimizer.step()
+    assert_same_bits(cuda, cpu)
+
+
+# How much one launch takes.
+
+
+def many(count: int) -> list[Tensor]:
+    return [torch.randn(3) for _ in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, SLOTS, SLOTS + 1, 3 * SLOTS, 21_001])
+def test_any_number_of_tensors_is_one_launch_of_update(device, count):
+    cuda, cpu = twins("AdamW", many(count))
+    set_gradients(cuda, cpu)
+    launches = device.step(cuda)
+    cpu.step()
+    assert_same_bits(cuda, cpu)
+    assert launches.advance == -(-count // SLOTS)
+
+
+@pytest.mark.parametrize("count", [2, GROUPS, GROUPS + 1, 500])
+@every_optimizer
+def test_any_number_of_groups_is_one_launch_of_update(device, name, count):
+    groups = [
+        {"params": value, "lr": 0.1 / (1 + i), "weight_decay": 0.01 * i}
+        for i, value in enumerate(many(count))
+    ]
+    cuda, cpu = twins(name, groups)
+    set_gradients(cuda, cpu)
+    launches = device.step(cuda)
+    cpu.step()
+    assert_same_bits(cuda, cpu)
+    assert launches.advance == -(-count // GROUPS)
+
+
+@every_optimizer
+def test_any_number_of_layouts_is_one_launch_of_update(device, name):
+    count = 100
+    cuda, cpu = twins(name, [torch.randn(3, 4, 5).transpose(1, 2) for _ in range(count)])
+    for optimizer in (cuda, cpu):
+        for param in parameters(optimizer):
+            param.grad = torch.arange(60.0).view(param.shape)
+    launches = device.step(cuda)
+    cpu.step()
+    assert_same_bits(cuda, cpu)
+    tensors = 1 + len(tensors_of(cuda)[0]) - (name != "SGD")  # with the gradient, without the step
+    numbers = 1 + 3 * (1 + tensors)  # of a layout: its dimensions, their sizes and strides
+    assert launches.advance == -(-count // (LAYOUT_NUMBERS // numbers))
+
+
+def test_slots_groups_and_layouts_in_any_order():
+    """A launch of advance ends at whichever of the three it has no more room for."""
+    generator = torch.Generator().manual_seed(0)
+    groups = []
+    for i in range(1500):
+        small = torch.randn(2, 3, 4, generator=generator)
+        value = small.transpose(0, 2) if i % 7 == 0 else small
+        if i % 41 == 0 or i > 1400:
+            groups.append({"params": [], "lr": 0.1 / (1 + i)})
+        groups[-1]["params"].append(value)
+    optimizers = []
+    for backend in ("cuda", "cpu"):
+        copies = [{**group, "params": list(map(copied, group["params"]))} for group in groups]
+        optimizers.append(fastopt.AdamW(copies, backend=backend))
+    for params in zip(*map(parameters, optimizers), strict=True):
+        for param in params:
+            param.grad = torch.arange(24.0).view(param.shape)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert_same_bits(*optimizers)
+
+
+# Numbers that the kernel reads by itself.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_tensor_options_of_every_dtype(dtype):
+    lr, *betas = torch.tensor([0.03125, 0.75, 0.9375], dtype=dtype)  # exact in all of them
+    params = [torch.nn.Parameter(torch.ones(9)) for _ in range(2)]
+    assert_steps_alike(
+        fastopt.Adam([params[0]], lr=lr, betas=tuple(betas), backend="cuda"),
+        fastopt.Adam([params[1]], lr=0.03125, betas=(0.75, 0.9375), backend="cpu"),
+    )
+
+
+@pytest.mark.parametrize("found_inf", [0.0, 1.0, 2.0, torch.inf, torch.nan])
+@pytest.mark.parametrize("dtypes", [FLOAT32, FLOAT64, BFLOAT16, FLOAT16], ids=str)
+@every_optimizer
+def test_found_inf_and_grad_scale_as_tensors(name, dtypes, found_inf):
+    cuda, cpu = twins(name, [torch.randn(size).to(dtypes.param) for size in (3, CHUNK + 9)])
+    assert_steps_alike(cuda, cpu, steps=1)
+    set_gradients(cuda, cpu)
+    before = snapshot(cuda)
+    for optimizer in (cuda, cpu):
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(3.0), torch.tensor(found_inf)
+        optimizer.step()
+    assert_same_bits(cuda, cpu)
+    grads = [[param.grad for param in parameters(optimizer)] for optimizer in (cuda, cpu)]
+    assert_equal(*grads)
+    if found_inf != 0:
+        assert_equal(snapshot(cuda), before)
+
+
+@pytest.mark.parametrize("dtypes", [FLOAT32, FLOAT64, BFLOAT16], ids=str)
+def test_step_counted_in_float64(dtypes):
+    cuda, cpu = twins("AdamW", [torch.randn(5).to(dtypes.param)])
+    assert_steps_alike(cuda, cpu, steps=1)
+    for optimizer in (cuda, cpu):
+        for state in optimizer.state.values():
+            state["step"] = torch.tensor(2.0**24, dtype=torch.float64)
+    assert_steps_alike(cuda, cpu)
+    assert all(state["step"] == 2**24 + 2 for state in cuda.state.values())

@@ -1,0 +1,415 @@
+"""What only a GPU can show of the CUDA backend and of compiled Triton; `make gpu` runs it.
+
+What needs none, the kernels' arithmetic and addressing, is tested everywhere: test_cuda_source.py
+runs their source on the host, test_machine_code.py reads what the compiler made of it.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import fastopt
+from cases import CASES, FLOAT32, FLOAT64, OPTIONS, Case
+from helpers import (
+    LAST_DIGITS,
+    assert_equal,
+    assert_same_bits,
+    assert_same_tensors,
+    every_optimizer,
+    make,
+    native_only,
+    parameters,
+    snapshot,
+    tensors_of,
+    train,
+)
+from oracle import SAMPLING, rms_ulp
+
+pytestmark = [pytest.mark.gpu, native_only]
+
+every_backend = pytest.mark.parametrize("backend", ["cuda", "triton"])
+
+SHAPES = [(), (0,), (3,), (4097,), (64, 33), (100_000,)]
+CAPTURABLE = {"Adam": {"capturable": True}, "AdamW": {"capturable": True}, "SGD": {}}
+
+
+def twins(name, backend, shapes=SHAPES, **kwargs):
+    """The same optimizer twice: on the GPU with a backend, and on the CPU."""
+    values = [torch.randn(shape) for shape in shapes]
+    optimizers = []
+    for device, engine in (("cuda", backend), ("cpu", "cpu")):
+        params = [torch.nn.Parameter(value.to(device, copy=True)) for value in values]
+        placed = {k: v.to(device) if torch.is_tensor(v) else v for k, v in kwargs.items()}
+        optimizers.append(make(fastopt, name, params, backend=engine, **placed))
+    return optimizers
+
+
+def set_gradients(*optimizers, factor=1.0):
+    """Equal new gradients, in new memory."""
+    for params in zip(*map(parameters, optimizers), strict=True):
+        grad = torch.randn(params[0].shape) * factor
+        for param in params:
+            param.grad = grad.to(param.device, copy=True)
+
+
+def step_both(gpu, cpu, steps=3):
+    for _ in range(steps):
+        set_gradients(gpu, cpu)
+        gpu.step()
+        cpu.step()
+
+
+@contextlib.contextmanager
+def no_synchronisation():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# Numbers.
+
+
+@every_backend
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_same_bits_as_on_the_cpu(case, backend):
+    gpu = case.make_optimizer(case.parameters(device="cuda"), fastopt, backend=backend)
+    cpu = case.make_optimizer(case.parameters(), fastopt)
+    for optimizer in (gpu, cpu):
+        train(case, optimizer, range(4))
+    assert_same_bits(gpu, cpu)
+
+
+@every_backend
+@every_optimizer
+def test_same_bits_with_extreme_values(name, backend):
+    gpu, cpu = twins(name, backend)
+    for exponent in (-160, -45, 0, 38, 300):
+        set_gradients(gpu, cpu, factor=10.0**exponent)  # in float32: 0, denormal, inf and NaN, too
+        gpu.step()
+        cpu.step()
+        assert_same_bits(gpu, cpu)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [(optimizer, options) for optimizer in OPTIONS for options in OPTIONS[optimizer]],
+)
+def test_as_near_to_the_truth_as_torchs_fused_step(optimizer, options):
+    case = Case(optimizer, options, FLOAT32, "large")
+    ours = rms_ulp(case, lambda params: case.make_optimizer(params, fastopt), "cuda")
+    torchs = rms_ulp(case, lambda params: case.make_optimizer(params, fused=True), "cuda")
+    assert all(ours[name] <= SAMPLING * torchs[name] for name in ours), (ours, torchs)
+
+
+@pytest.mark.parametrize("optimizer", OPTIONS)
+def test_float64_matches_torchs_fused_step(optimizer):
+    case = Case(optimizer, "everything", FLOAT64, "sizes")
+    ours = case.make_optimizer(case.parameters(device="cuda"), fastopt)
+    torchs = case.make_optimizer(case.parameters(device="cuda"), fused=True)
+    for one in (ours, torchs):
+        train(case, one, range(5))
+    assert_same_tensors(ours, torchs, **LAST_DIGITS)
+
+
+@every_optimizer
+def test_run_continued_on_another_backend_continues_bit_identically(name):
+    mixed, cpu = twins(name, "cuda")
+    step_both(mixed, cpu)
+    on_triton = make(fastopt, name, parameters(mixed), backend="triton")
+    on_triton.load_state_dict(mixed.state_dict())
+    step_both(on_triton, cpu)
+    assert_same_bits(on_triton, cpu)
+
+
+# Scale.
+
+
+@every_optimizer
+def test_many_tensors_and_groups(name):
+    gpu, cpu = twins(name, "cuda", shapes=[(5,)] * 21_001)
+    for optimizer in (gpu, cpu):
+        group = optimizer.param_groups.pop()
+        for i in range(500):
+            optimizer.add_param_group(
+                {**group, "params": group["params"][i::500], "lr": 1e-3 * (1 + i)}
+            )
+    step_both(gpu, cpu, steps=2)
+    assert_same_bits(gpu, cpu)
+
+
+def test_tensor_of_more_than_2_to_the_31_elements():
+    numel, part = 2**31 + 5, 2**28
+    if torch.cuda.mem_get_info()[0] < 16 * numel:
+        pytest.skip("needs 34 GB of free memory")
+    large = torch.nn.Parameter(torch.randn(part, device="cuda").bfloat16().repeat(9)[:numel])
+    large.grad = torch.randn(part - 1, device="cuda").bfloat16().repeat(9)[:numel]
+    small = [torch.nn.Parameter(piece.clone()) for piece in large.detach().split(part)]
+    for piece, grad in zip(small, large.grad.split(part), strict=True):
+        piece.grad = grad
+    for params in ([large], small):
+        fastopt.SGD(params, lr=0.1, backend="cuda").step()
+    for piece, whole in zip(small, large.detach().split(part), strict=True):
+        assert torch.equal(piece, whole)
+
+
+# What a step reads on the device.
+
+
+@every_backend
+@every_optimizer
+def test_steady_step_does_not_synchronise(name, backend):
+    gpu, cpu = twins(name, backend, lr=torch.tensor(3e-2))
+    step_both(gpu, cpu)
+    for step in range(3):
+        set_gradients(gpu, cpu)
+        gpu.param_groups[0]["lr"].fill_(0.1 / (1 + step))
+        cpu.param_groups[0]["lr"].fill_(0.1 / (1 + step))
+        with no_synchronisation():
+            gpu.step()
+        cpu.step()
+    assert_same_bits(gpu, cpu)
+
+
+@every_backend
+@every_optimizer
+def test_gradscaler_unscales_and_skips_without_waiting(name, backend):
+    gpu, cpu = twins(name, backend)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=1000)
+    scaler.scale(torch.zeros((), device="cuda"))  # makes its tensors
+    for step in range(6):
+        set_gradients(gpu, cpu)
+        overflows = step in (0, 3)
+        for param in parameters(gpu):
+            param.grad.mul_(scaler.get_scale())
+        if overflows:
+            parameters(gpu)[-1].grad[7] = float("inf")
+        before = snapshot(gpu)
+        # SGD asks once, where its buffers are new, whether the step counts.
+        waits = name == "SGD" and step <= 1
+        with contextlib.nullcontext() if waits else no_synchronisation():
+            scaler.step(gpu)
+        scaler.update()
+        if overflows:
+            after = snapshot(gpu)
+            assert_equal({key: after[key] for key in before}, before)
+        else:
+            cpu.step()
+            for mine, theirs in zip(parameters(gpu), parameters(cpu), strict=True):
+                assert torch.equal(mine.grad.cpu(), theirs.grad)  # a power of two: exact
+    assert_same_bits(gpu, cpu)
+
+
+@every_backend
+@every_optimizer
+def test_graph_replays_what_has_changed_meanwhile(name, backend):
+    gpu, cpu = twins(name, backend, lr=torch.tensor(1e-2), **CAPTURABLE[name])
+    found_inf = gpu.found_inf = torch.zeros((), device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step_both(gpu, cpu)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gpu.step()
+
+    for step in range(5):
+        rate, overflows = 0.1 / (1 + step), step == 2
+        gpu.param_groups[0]["lr"].fill_(rate)
+        cpu.param_groups[0]["lr"].fill_(rate)
+        found_inf.fill_(overflows)
+        for mine, theirs in zip(parameters(gpu), parameters(cpu), strict=True):
+            theirs.grad = torch.randn_like(theirs)
+            mine.grad.copy_(theirs.grad)
+        graph.replay()
+        if not overflows:
+            cpu.step()
+        assert_same_bits(gpu, cpu)
+
+
+@every_backend
+@every_optimizer
+def test_first_step_is_not_captured(name, backend):
+    """Its states would be made anew, and so be zero again, at every replay."""
+    gpu, _ = twins(name, backend, **CAPTURABLE[name])
+    set_gradients(gpu)
+    before = snapshot(gpu)
+    with (
+        pytest.raises(RuntimeError, match="one step before capturing"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        gpu.step()
+    assert_equal(snapshot(gpu), before)
+
+
+# Where a step runs.
+
+
+@every_backend
+@every_optimizer
+def test_step_runs_on_the_current_stream(name, backend):
+    gpu, cpu = twins(name, backend)
+    step_both(gpu, cpu)
+    set_gradients(cpu)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)
+        for mine, theirs in zip(parameters(gpu), parameters(cpu), strict=True):
+            mine.grad.copy_(theirs.grad)  # late: on any other stream the step would miss it
+        gpu.step()
+    side.synchronize()
+    cpu.step()
+    assert_same_bits(gpu, cpu)
+
+
+@every_backend
+@every_optimizer
+def test_parameters_on_another_device_than_the_current_one(name, backend):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    gpu, cpu = twins(name, backend)
+    for param in parameters(gpu):
+        param.data = param.data.to("cuda:1")
+    with torch.cuda.device(0):
+        step_both(gpu, cpu)
+        assert torch.cuda.current_device() == 0
+    assert_same_bits(gpu, cpu)
+
+
+@every_optimizer
+def test_devices_mixed_in_one_optimizer(name):
+    _, cpu = twins(name, "cuda", lr=torch.tensor(3e-2))
+    values = [param.detach().clone() for param in parameters(cpu)]
+    params = [
+        torch.nn.Parameter(value.to("cuda" if i % 2 else "cpu")) for i, value in enumerate(values)
+    ]
+    mixed = make(fastopt, name, params, lr=torch.tensor(3e-2, device="cuda"))
+    step_both(mixed, cpu)
+    assert_same_bits(mixed, cpu)
+
+
+@every_optimizer
+def test_threads_step_their_own_optimizers_on_their_own_streams(name):
+    pairs = [twins(name, "cuda") for _ in range(4)]
+    for gpu, cpu in pairs:
+        step_both(gpu, cpu)
+        set_gradients(gpu, cpu)
+    torch.cuda.synchronize()
+
+    def run(gpu):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(50):
+                gpu.step()
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=run, args=(gpu,)) for gpu, _ in pairs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for gpu, cpu in pairs:
+        for _ in range(50):
+            cpu.step()
+        assert_same_bits(gpu, cpu)
+
+
+# State.
+
+
+@every_optimizer
+def test_steps_are_counted_on_the_device_and_saved_where_stock_keeps_them(name):
+    gpu, cpu = twins(name, "cuda")
+    step_both(gpu, cpu)
+    for tensors in tensors_of(gpu):
+        assert all(tensor.is_cuda for tensor in tensors.values())
+    for entry in gpu.state_dict()["state"].values():
+        assert all(tensor.is_cuda == (key != "step") for key, tensor in entry.items())
+    gpu.param_groups[0]["fused"] = True
+    for entry in gpu.state_dict()["state"].values():
+        assert all(tensor.is_cuda for tensor in entry.values())
+
+
+STOCK = {
+    "loop": {"foreach": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+    "capturable": {"capturable": True},
+}
+
+
+@pytest.mark.parametrize("way", STOCK)
+@every_optimizer
+def test_checkpoints_move_to_and_from_every_stock_engine(name, way):
+    if name == "SGD" and way == "capturable":
+        pytest.skip("torch's SGD has no capturable")
+    values = [torch.randn(shape, device="cuda", dtype=torch.float64) for shape in SHAPES]
+
+    def optimizer(module, **flags):
+        return make(module, name, [torch.nn.Parameter(v.clone()) for v in values], **flags)
+
+    def taken_over(old, new, flags):
+        for mine, theirs in zip(parameters(new), parameters(old), strict=True):
+            mine.data.copy_(theirs.data)
+        new.load_state_dict(old.state_dict())
+        for group in new.param_groups:
+            group.update(flags)  # the checkpoint's would choose the engine
+        return new
+
+    def train_both(one, other):
+        for _ in range(2):
+            for mine, theirs in zip(parameters(one), parameters(other), strict=True):
+                mine.grad = torch.randn_like(mine)
+                theirs.grad = mine.grad.clone()
+            one.step()
+            other.step()
+
+    current, never_moved = (optimizer(torch.optim, **STOCK[way]) for _ in range(2))
+    train_both(current, never_moved)
+    current = taken_over(current, optimizer(fastopt), {"fused": None, "foreach": None})
+    train_both(current, never_moved)
+    current = taken_over(current, optimizer(torch.optim, **STOCK[way]), STOCK[way])
+    train_both(current, never_moved)
+    assert_same_tensors(current, never_moved, **LAST_DIGITS)
+
+
+# Memory.
+
+STRANGE_STEPS = """
+import torch, fastopt
+for name, options in {"Adam": {"amsgrad": True}, "AdamW": {}, "SGD": {"momentum": 0.9}}.items():
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.complex64):
+        params = []
+        for size in (1, 3, 4095, 4096, 4097, 20_001):
+            new = lambda *shape: torch.randn(*shape, dtype=dtype, device="cuda")
+            params += [new(size), new(size + 1)[1:], new(3, size).t(), new(size, 2)[:, 0]]
+        params = [torch.nn.Parameter(p) for p in params]
+        optimizer = getattr(fastopt, name)(params, lr=1e-3, **options)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.timeout(300)
+def test_compute_sanitizer_finds_nothing():
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("needs compute-sanitizer")
+    run = subprocess.run(
+        [sanitizer, "--error-exitcode=9", sys.executable, "-c", STRANGE_STEPS],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # every tensor its own memory
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

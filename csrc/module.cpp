@@ -365,7 +365,7 @@ class Step {
   // A value as the device's backend reads it: on an accelerator without waiting for it.
   Number number_on(const py::object& value, DLDevice device) {
     if (!torch_.is_tensor(value) || backends_.of(device) == Backend::kCpu) {
-      return {number(value), nullptr, {}};
+      return {number(value), nullptr, {}, {}};
     }
     DLTensor tensor;
     const auto read = [&](const py::object& object) {
@@ -374,7 +374,7 @@ class Step {
     };
     read(value);
     if (!same(tensor.device, device)) {
-      if (on_host(value)) return {number(value), nullptr, {}};
+      if (on_host(value)) return {number(value), nullptr, {}, {}};
       read(helper("fastopt.tensors", "moved")(value, torch_device(device)));
     }
     return as_number(tensor);

@@ -19,6 +19,7 @@ struct Number {
   double value;
   const void* tensor;  // null where value holds the number
   DType dtype;         // of the tensor
+  uint8_t zero[7];     // no byte is left to chance: Triton's backend compares them
 };
 
 // A param group's hyper-parameters in the order of its rule's Options; betas count as two.

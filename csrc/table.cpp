@@ -205,7 +205,7 @@ Number as_number(const DLTensor& tensor) {
         "a hyper-parameter, grad_scale or found_inf is a tensor of another kind than one " +
         std::string("floating-point number; give it as torch.tensor(value, dtype=torch.float32)"));
   }
-  return {0, static_cast<char*>(tensor.data) + tensor.byte_offset, dtype_of(tensor.dtype)};
+  return {0, static_cast<char*>(tensor.data) + tensor.byte_offset, dtype_of(tensor.dtype), {}};
 }
 
 bool is_supported(DLDataType dtype) {

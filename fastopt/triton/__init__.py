@@ -1,6 +1,6 @@
 """The Triton backend: csrc/rules mirrored line for line, applied to the core's tables.
 
-triton is imported in this folder only, and only once there is a table to apply a rule to.
+triton is imported in this folder only, and only once somebody asks for it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-_OLDEST = (3, 2)
+_OLDEST = (3, 6)  # torch 2.10's; the ones before take subnormal numbers for 0 on NVIDIA's GPUs
 
-_YES = ("1", "true", "yes", "on", "y")  # as triton reads its environment
+_YES = ("1", "true", "yes", "on", "y")  # what any triton takes for one in its environment
 
 
 class Table(NamedTuple):

@@ -12,7 +12,7 @@ def power(beta, t):
     result = tl.full(n.shape, 1, tl.float64)
     left = tl.max(n, 0)
     while left > 0:
-        result = tl.where(n & 1 != 0, result * beta, result)
+        result = tl.where((n & 1) != 0, result * beta, result)
         beta *= beta
         n >>= 1
         left >>= 1
@@ -38,8 +38,7 @@ def maximum(a, b):
     return tl.where((b > a) | (b != b), b, a)
 
 
-# Triton's sqrt and / are IEEE's in double only: in float they are faster unless asked by name. (By
-# name, too, Tritons before 3.6 take subnormal numbers for 0 on NVIDIA's GPUs.)
+# Triton's sqrt and / are IEEE's in double only: in float they are faster unless asked by name.
 
 
 @triton.jit

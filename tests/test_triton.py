@@ -1,0 +1,322 @@
+"""The Triton backend without a GPU: why it is not usable, that its rules are those of csrc/rules,
+its kernels' bits in Triton's interpreter, and what NVIDIA's compiler makes of them."""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import fastopt.triton
+from fastopt.triton import Table, apply, kernels
+from fastopt.triton.convert import STORAGE
+
+ROOT = Path(__file__).parents[1]
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = "float32", "float64", "bfloat16", "float16"
+
+
+# Usable or not.
+
+
+@pytest.fixture
+def _no_memory():
+    """What was found out about triton is asked anew, before and after."""
+    fastopt.triton.why_not_import.cache_clear()
+    yield
+    fastopt.triton.why_not_import.cache_clear()
+
+
+def test_cuda_and_xpu_are_usable():
+    assert fastopt.triton.why_not(CUDA) is None
+    assert fastopt.triton.why_not(torch.device("xpu", 1)) is None
+
+
+@pytest.mark.parametrize("yes", ["1", "true", "ON"])
+def test_cpu_is_the_interpreters(monkeypatch, yes):
+    assert "set TRITON_INTERPRET=1" in fastopt.triton.why_not(CPU)
+    monkeypatch.setenv("TRITON_INTERPRET", yes)
+    assert fastopt.triton.why_not(CPU) is None
+    assert "CPU" in fastopt.triton.why_not(CUDA)
+
+
+def test_other_devices_have_no_triton():
+    assert "meta" in fastopt.triton.why_not(torch.device("meta"))
+
+
+@pytest.mark.usefixtures("_no_memory")
+def test_old_triton_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.5.1"))
+    assert "triton 3.5.1 is too old" in fastopt.triton.why_not(CUDA)
+
+
+@pytest.mark.usefixtures("_no_memory")
+@pytest.mark.parametrize("version", ["3.6.0", "3.10.1+git0a1b2c", "4.0.0"])
+def test_newer_triton_is_welcome(monkeypatch, version):
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
+    assert fastopt.triton.why_not(CUDA) is None
+
+
+def test_fastopt_works_without_triton():
+    program = """
+import sys
+sys.modules["triton"] = None  # what importing it then raises is what its absence raises
+import torch, fastopt
+param = torch.nn.Parameter(torch.ones(3))
+param.grad = torch.ones(3)
+fastopt.AdamW([param]).step()
+print(fastopt.triton.why_not(torch.device("cuda")))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "pip install triton" in done.stdout
+
+
+# The same rules.
+
+
+def header(name):
+    return (ROOT / "csrc" / "rules" / name).read_text()
+
+
+def names(declarations):
+    """double lr, beta1; bool first;"""
+    return re.findall(r"(\w+)(?=[,;])", declarations)
+
+
+def headers():
+    """Every registered rule's header by the rule's name."""
+    registered = re.findall(r"DO\((\w+)\)", header("rules.h"))
+    found = {}
+    for file in (ROOT / "csrc" / "rules").glob("*.h"):
+        text = file.read_text()
+        for struct in re.findall(r"^struct (\w+) {", text, re.M):
+            if struct in registered:
+                found[re.search(r'kName = "(\w+)"', text)[1]] = text
+    assert len(found) == len(registered)
+    return found
+
+
+def struct(text, name):
+    return names(re.search(rf"struct {name} {{(.*?)}};", text, re.S)[1])
+
+
+def parameters_of(function):
+    return list(inspect.signature(function.fn).parameters)
+
+
+def test_every_rule_has_its_mirror():
+    assert apply.RULES.keys() == headers().keys()
+
+
+@pytest.mark.parametrize("rule", apply.RULES)
+def test_mirror_has_the_rules_options_states_and_scalars(rule):
+    text, mirror = headers()[rule], apply.RULES[rule]
+    options, scalars = struct(text, "Options"), struct(text, "Scalars")
+    states = names(re.search(r"kStates\[\] = {(.*?)};", text)[1].replace('"', "") + ";")
+    counts_steps = "kCountsSteps = true" in text
+    assert counts_steps == mirror.COUNTS_STEPS
+    given = parameters_of(mirror.advance)[: kernels.OPTIONS.value]
+    assert [name for name in given if "unused" not in name] == options
+    given = parameters_of(mirror.update)[3 : 3 + kernels.MOST_STATES.value]
+    assert sum("unused" not in name for name in given) == len(states)
+    assert [getattr(mirror, name.upper()).value for name in scalars] == list(range(len(scalars)))
+    assert len(scalars) <= kernels.K_GRAD_SCALE.value
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (kernels.CHUNK, "kChunk"),
+        (kernels.OPTIONS, "kMaxOptions"),
+        (kernels.MOST_STATES, "kMaxStates"),
+    ],
+)
+def test_constants_are_the_cores(ours, theirs):
+    text = (ROOT / "csrc" / "slot.h").read_text()
+    assert ours.value == int(re.search(rf"{theirs} = (\d+);", text)[1])
+
+
+# The same bits.
+
+
+@pytest.mark.timeout(600)
+def test_interpreted_kernels():
+    """In a process of its own, where triton interprets."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "tests/test_triton_interpreter.py",
+        ],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+# What is on the device.
+
+
+@pytest.fixture
+def stream(monkeypatch):
+    """A device that needs no GPU: its current stream's number, and whether it is being captured."""
+    stream = SimpleNamespace(stream_id=0, captures=False)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: stream.captures)
+    monkeypatch.setattr(apply, "stage", lambda data, device: SimpleNamespace(data=data))
+    monkeypatch.setattr(apply, "send", lambda staging, device: SimpleNamespace(data=staging.data))
+    return stream
+
+
+def a_table(place=0, device=CUDA):
+    dtypes = (FLOAT32,) * 4
+    return Table(place, device, dtypes, FLOAT32, b"slots", b"grads", b"numbers", b"layouts", 1)
+
+
+def are_new(copies, known):
+    return [copy.data for copy in copies] == [b"slots", b"grads", b"numbers", b"layouts"] and not (
+        {id(copy) for copy in copies} & {id(copy) for copy in known}
+    )
+
+
+def test_every_table_device_and_stream_has_its_own_copies(stream):
+    cache, known = {}, []
+    for stream.stream_id in (0, 7):
+        for table in (a_table(), a_table(place=1), a_table(device=torch.device("cuda", 1))):
+            copies = apply.on_device(cache, table)
+            assert are_new(copies, known)
+            known += copies
+            assert list(map(id, apply.on_device(cache, table))) == list(map(id, copies))
+
+
+def test_a_graph_has_its_own_copies_and_keeps_what_they_are_from(stream):
+    cache = {}
+    known = apply.on_device(cache, a_table())
+    before = list(map(id, known))
+    stream.captures = True
+    for graph in range(1, 3):
+        copies = apply.on_device(cache, a_table())
+        assert are_new(copies, known)
+        known += copies
+        assert len(cache["captured"]) == graph
+        assert [staging.data for staging in cache["captured"][-1]] == [c.data for c in copies]
+    stream.captures = False
+    assert list(map(id, apply.on_device(cache, a_table()))) == before
+
+
+# Compiled for sm_90, which needs no GPU.
+
+
+@cache
+def compiled(kernel, rule, dtypes):
+    """With the arguments and options of a launch."""
+    function = getattr(kernels, kernel)
+    constants = getattr(apply.constants(rule, dtypes, FLOAT32, "cuda"), kernel)
+    arguments = function.arg_names[: -len(constants)]
+    scalars = "*fp64" if dtypes[0] == FLOAT64 else "*fp32"
+    types = dict.fromkeys(arguments, "*i64") | {"scalars": scalars, "slot_count": "i32"}
+    constexprs = dict(zip(function.arg_names[-len(constants) :], constants, strict=True))
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(arguments) if types[name][0] == "*"
+    }
+    source = ASTSource(
+        function, types | dict.fromkeys(constexprs, "constexpr"), constexprs, aligned
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=apply.OPTIONS).asm
+
+
+def instructions(ptx):
+    return Counter(re.findall(r"^\s+(?:@!?%p\d+ )?([a-z][\w.:]*)", ptx, re.M))
+
+
+UPDATES = {
+    (rule, dtypes): counts
+    for rule, states, counts in [
+        ("adam", 2, {"fma": 3, "div": 3, "sqrt": 1}),  # one div unscales the gradient
+        ("adam", 3, {"fma": 3, "div": 3, "sqrt": 1}),
+        ("sgd", 0, {"fma": 2, "div": 1, "sqrt": 0}),
+        ("sgd", 1, {"fma": 4, "div": 1, "sqrt": 0}),
+    ]
+    for dtypes in [
+        *((dtype,) * (2 + states) for dtype in STORAGE),
+        (BFLOAT16, *(FLOAT32,) * (1 + states)),
+        (BFLOAT16, BFLOAT16, *(FLOAT32,) * states),
+    ]
+}
+
+of_updates = pytest.mark.parametrize(("rule", "dtypes"), UPDATES, ids=str)
+
+
+@of_updates
+def test_update_rounds_where_its_rule_does(rule, dtypes):
+    """Every multiplication, addition, division and root by itself, but for the rule's own fma."""
+    ptx = compiled("update", rule, dtypes)["ptx"]
+    assert not re.search(r"approx|full|ftz|\b(mul|add|sub)\.f", ptx)
+    kind = "f64" if dtypes[0] == FLOAT64 else "f32"
+    found = instructions(ptx)
+    elements = (apply.BLOCK + apply.LANES) // (32 * apply.OPTIONS["num_warps"])
+    for name, count in UPDATES[rule, dtypes].items():
+        total = found.pop(f"{name}.rn.{kind}", 0)
+        # Short tails of loops are compiled twice; one operation more an element would be too many.
+        assert total == 0 if count == 0 else 0 <= total - count * elements < elements
+        assert not [key for key in found if re.match(rf"{name}\..*f\d", key)]
+    assert ("f64" in ptx) == (kind == "f64")
+
+
+@of_updates
+def test_update_moves_aligned_tensors_128_bits_at_a_time(rule, dtypes):
+    """The widest, and the others as many elements at a time; none of it through shared memory."""
+    assembly = compiled("update", rule, dtypes)
+    bits = {FLOAT64: 64, FLOAT32: 32, BFLOAT16: 16, FLOAT16: 16}
+    vector = 128 // max(bits[dtype] for dtype in dtypes)
+    elements = apply.BLOCK // (32 * apply.OPTIONS["num_warps"])
+    loads = Counter()
+    for dtype in dtypes:
+        loads[bits[dtype] * vector] += elements // vector
+    stores = loads  # the gradient, too, where it is unscaled
+    found = instructions(assembly["ptx"])
+    for direction, expected in ("ld", loads), ("st", stores):
+        moved = Counter()
+        for name, count in found.items():
+            if match := re.fullmatch(rf"{direction}\.global\.v(\d)\.b(\d+)", name):
+                moved[int(match[1]) * int(match[2])] += count
+        assert moved == expected
+    assert "shared" not in assembly["ptx"]
+
+
+@pytest.mark.parametrize("rule", apply.RULES)
+def test_advance_never_fuses(rule):
+    ptx = compiled("advance", rule, (FLOAT32,) * 4)["ptx"]
+    assert not re.search(r"fma|approx|full|ftz|\b(mul|add|sub)\.f", ptx)
+
+
+def test_update_leaves_room_for_the_programs_its_block_is_chosen_for(tmp_path):
+    """apply.py counts on 5 of them sharing a multiprocessor's 65,536 registers."""
+    cubin = tmp_path / "update.cubin"
+    cubin.write_bytes(compiled("update", "adam", (FLOAT32,) * 4)["cubin"])
+    tools = Path(inspect.getfile(triton)).parent / "backends" / "nvidia" / "bin"
+    usage = subprocess.check_output(
+        [tools / "cuobjdump", "--dump-resource-usage", cubin], text=True
+    )
+    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
+    assert stack == 0
+    assert 65_536 // (registers * 32 * apply.OPTIONS["num_warps"]) >= 5

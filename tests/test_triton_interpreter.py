@@ -1,0 +1,242 @@
+"""Triton's kernels, interpreted on CPU tensors: the same bits as the CPU backend.
+
+Whether triton interprets is settled when it is imported, for the whole process: these tests exist
+only where TRITON_INTERPRET=1 is set, as in the process that test_triton.py runs them in.
+
+What this cannot show: what compilers make of the kernels (test_triton.py reads NVIDIA's), races,
+copies to a device, streams and graphs (test_gpu.py).
+"""
+
+import os
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastopt
+from cases import BFLOAT16, CASES, CHUNK, FLOAT16, FLOAT32, FLOAT64, MIXED, state_names
+from helpers import (
+    ALL_STATES,
+    assert_equal,
+    assert_same_bits,
+    every_optimizer,
+    make,
+    native_only,
+    parameters,
+    snapshot,
+    train,
+)
+from test_properties import STEPS, build, plans
+
+__test__ = os.environ.get("TRITON_INTERPRET") == "1"
+
+# numpy, which the interpreter computes with, warns of overflow and NaN unless told not to.
+pytestmark = [native_only, pytest.mark.filterwarnings("error::RuntimeWarning")]
+
+every_dtype = pytest.mark.parametrize("dtypes", [FLOAT32, FLOAT64, BFLOAT16, FLOAT16], ids=str)
+
+
+def twins(name, values, **kwargs):
+    """The same optimizer twice over equal parameters: Triton's and the CPU backend's."""
+    return [
+        make(
+            fastopt,
+            name,
+            [torch.nn.Parameter(value.clone()) for value in values],
+            backend=backend,
+            **kwargs,
+        )
+        for backend in ("triton", "cpu")
+    ]
+
+
+def set_gradients(*optimizers):
+    for params in zip(*map(parameters, optimizers), strict=True):
+        grad = torch.randn_like(params[0])
+        for param in params:
+            param.grad = grad.clone()
+
+
+def assert_steps_alike(*optimizers, steps=2):
+    for _ in range(steps):
+        set_gradients(*optimizers)
+        for optimizer in optimizers:
+            optimizer.step()
+        assert_same_bits(*optimizers)
+
+
+# Any tensors.
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_same_bits_as_the_cpu_backend(case):
+    interpreted, native = (
+        case.make_optimizer(case.parameters(), fastopt, backend=backend)
+        for backend in ("triton", "cpu")
+    )
+    # Each of many slots is a program, which takes the interpreter 10 ms.
+    steps = range(1 if case.layout == "many" else 2)
+    train(case, interpreted, steps)
+    train(case, native, steps)
+    assert_same_bits(interpreted, native)
+
+
+@settings(max_examples=25)
+@given(plans())
+def test_same_bits_in_any_training(plan):
+    name, plan = plan
+    (interpreted, params), (native, others) = (
+        build(fastopt, name, plan, backend=backend) for backend in ("triton", "cpu")
+    )
+    for step in range(STEPS):
+        for (param, spec), (other, _) in zip(params, others, strict=True):
+            spec.set_gradient(param, step)
+            other.grad = param.grad
+        interpreted.step()
+        native.step()
+    assert_same_bits(interpreted, native)
+
+
+@st.composite
+def values(draw):
+    """An optimizer's name, dtypes, rows of a parameter, its gradient and three states, the steps
+    taken so far, and options."""
+    number = st.floats(width=32)  # NaN, infinities and subnormals among them
+    return (
+        draw(st.sampled_from(sorted(ALL_STATES))),
+        draw(st.sampled_from([FLOAT32, FLOAT64, BFLOAT16, FLOAT16, *MIXED])),
+        draw(st.lists(st.tuples(*[number] * 5), min_size=1, max_size=40)),
+        draw(st.integers(0, 2**24)),
+        {
+            "lr": draw(st.sampled_from([0.0, 0.1])),
+            "weight_decay": draw(st.sampled_from([0.0, 0.1, 1e30])),
+        },
+    )
+
+
+@given(values())
+def test_same_bits_from_any_values(drawn):
+    name, dtypes, rows, steps_taken, options = drawn
+    param, grad, *states = torch.tensor(rows, dtype=torch.float64).T
+    optimizers = twins(name, [param.to(dtypes.param)], **options)
+    for optimizer in optimizers:
+        (param,) = parameters(optimizer)
+        param.grad_dtype = dtypes.grad
+        param.grad = grad.to(dtypes.grad)
+        keys = state_names(optimizer)
+        state = {key: states[i].to(dtypes.state, copy=True) for i, key in enumerate(keys)}
+        if name != "SGD":
+            state["step"] = torch.tensor(float(steps_taken))
+        optimizer.state[param] = state
+        optimizer.step()
+    assert_same_bits(*optimizers)
+
+
+# Numbers in tensors.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_tensor_options_of_every_dtype(dtype):
+    lr, *betas = torch.tensor([0.03125, 0.75, 0.9375], dtype=dtype)  # exact in all of them
+    params = [torch.nn.Parameter(torch.ones(9)) for _ in range(2)]
+    assert_steps_alike(
+        fastopt.Adam([params[0]], lr=lr, betas=tuple(betas), backend="triton"),
+        fastopt.Adam([params[1]], lr=0.03125, betas=(0.75, 0.9375), backend="cpu"),
+    )
+
+
+@pytest.mark.parametrize("found_inf", [0.0, 1.0, 2.0, torch.inf, torch.nan])
+@every_dtype
+@every_optimizer
+def test_found_inf_and_grad_scale(name, dtypes, found_inf):
+    optimizers = twins(name, [torch.randn(size).to(dtypes.param) for size in (3, CHUNK + 9)])
+    assert_steps_alike(*optimizers, steps=1)
+    set_gradients(*optimizers)
+    before = snapshot(optimizers[0])
+    for optimizer in optimizers:
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(3.0), torch.tensor(found_inf)
+        optimizer.step()
+    assert_same_bits(*optimizers)
+    assert_equal(*([param.grad for param in parameters(optimizer)] for optimizer in optimizers))
+    if found_inf != 0:
+        assert_equal(snapshot(optimizers[0]), before)
+
+
+@every_dtype
+def test_step_counted_in_float64(dtypes):
+    optimizers = twins("AdamW", [torch.randn(5).to(dtypes.param)])
+    assert_steps_alike(*optimizers, steps=1)
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            state["step"] = torch.tensor(2.0**24, dtype=torch.float64)
+    assert_steps_alike(*optimizers)
+    assert all(state["step"] == 2**24 + 2 for state in optimizers[0].state.values())
+
+
+def test_groups_have_their_own_options():
+    optimizers = []
+    for backend in ("triton", "cpu"):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(7)) for _ in range(200)]
+        optimizer = fastopt.AdamW(params[:1], backend=backend)
+        for i, param in enumerate(params[1:]):
+            optimizer.add_param_group({"params": [param], "lr": 0.1 / (2 + i), "maximize": i % 2})
+        optimizers.append(optimizer)
+    assert_steps_alike(*optimizers, steps=1)
+
+
+# What is sent.
+
+
+def test_only_what_changed_is_sent_again(monkeypatch):
+    from fastopt.triton import apply
+
+    sent = []
+    stage = apply.stage
+
+    def spy(data, device):
+        sent.append(len(data))
+        return stage(data, device)
+
+    monkeypatch.setattr(apply, "stage", spy)
+    optimizer, _ = twins("AdamW", [torch.randn(5) for _ in range(3)])
+    slots, grads, numbers = 3 * 80, 3 * 8, (2 + 8) * 24
+
+    def sent_in_a_step():
+        sent.clear()
+        optimizer.step()
+        return sent.copy()
+
+    set_gradients(optimizer)
+    assert sent_in_a_step() == [slots, grads, numbers, 0]
+    assert sent_in_a_step() == [slots]  # their states are no longer fresh
+    assert sent_in_a_step() == []
+    kept = [param.grad for param in parameters(optimizer)]  # or new ones may take their places
+    set_gradients(optimizer)
+    assert sent_in_a_step() == [grads]
+    optimizer.param_groups[0]["lr"] /= 2
+    assert sent_in_a_step() == [numbers]
+    assert len(kept) == 3
+
+
+# The replacement for what older Tritons take for an fma.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_fma_rounds_once(dtype):
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    from fastopt.triton.interpreter import fma
+
+    numbers = torch.randn(3, 500, dtype=getattr(torch, dtype)).numpy()
+    result = fma(None, *(TensorHandle(row, getattr(tl, dtype)) for row in numbers)).data
+    assert result.dtype == dtype
+    for *factors_and_term, rounded in zip(*numbers, result, strict=True):
+        a, b, c = (Fraction(float(x)) for x in factors_and_term)
+        error = abs(a * b + c - Fraction(float(rounded)))
+        for neighbour in (np.nextafter(rounded, side) for side in (rounded - 1, rounded + 1)):
+            assert error <= abs(a * b + c - Fraction(float(neighbour)))

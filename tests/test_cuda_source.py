@@ -13,7 +13,6 @@ What this cannot show, being one thread after another, of another compiler:
 The rest of it, test_gpu.py shows on a GPU.
 """
 
-import copy
 import ctypes
 import importlib.util
 import os
@@ -21,7 +20,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -31,15 +30,21 @@ import fastopt
 from cases import BFLOAT16, CASES, CHUNK, FLOAT16, FLOAT32, FLOAT64, unaligned
 from fastopt import optimizer as engine
 from helpers import (
-    assert_equal,
     assert_same_bits,
     every_optimizer,
-    make,
     native_only,
     parameters,
-    snapshot,
     tensors_of,
     train,
+)
+from same_bits import (  # noqa: F401 - the tests among them
+    assert_steps_alike,
+    set_gradients,
+    test_found_inf_and_grad_scale_as_tensors,
+    test_run_continued_on_another_backend_continues_bit_identically,
+    test_step_counted_in_float64,
+    test_tensor_options_of_every_dtype,
+    twins,
 )
 
 pytestmark = [native_only, pytest.mark.network]
@@ -109,34 +114,9 @@ def device(core_on_host, monkeypatch):
     return Device(ctypes.CDLL(core_on_host.__file__))
 
 
-def twins(name: str, params: list[Any], **kwargs: Any) -> list[torch.optim.Optimizer]:
-    """The same optimizer over equal parameters or groups of them, once with each backend."""
-    return [
-        make(fastopt, name, list(map(copied, params)), backend=backend, **kwargs)
-        for backend in ("cuda", "cpu")
-    ]
-
-
-def copied(item: Any) -> Any:
-    """A parameter of these values, with the strides they have; or a group of one."""
-    if isinstance(item, dict):
-        return {**item, "params": [copied(item["params"])]}
-    return torch.nn.Parameter(copy.deepcopy(item))
-
-
-def set_gradients(*optimizers: torch.optim.Optimizer) -> None:
-    for params in zip(*map(parameters, optimizers), strict=True):
-        grad = torch.randn_like(params[0])
-        for param in params:
-            param.grad = grad.clone()
-
-
-def assert_steps_alike(cuda: torch.optim.Optimizer, cpu: torch.optim.Optimizer, steps=2) -> None:
-    for _ in range(steps):
-        set_gradients(cuda, cpu)
-        cuda.step()
-        cpu.step()
-        assert_same_bits(cuda, cpu)
+@pytest.fixture
+def backend():
+    return "cuda"
 
 
 # The table of cases.
@@ -161,12 +141,14 @@ def test_same_bits_as_the_cpu_backend(case):
 def test_every_size_around_vectors_and_chunks(name, dtypes):
     sizes = [*range(1, 18), *(k * CHUNK + d for k in (1, 2) for d in (-9, -8, -1, 0, 1, 8, 9))]
     values = [torch.randn(size).to(dtypes.param) for size in sizes]
-    assert_steps_alike(*twins(name, values))
+    assert_steps_alike(*twins("cuda", name, values))
 
 
 @every_optimizer
 def test_blocks_take_several_turns(device, name):
-    cuda, cpu = twins(name, [torch.randn(3), torch.randn(25 * CHUNK + 1), torch.randn(34 * CHUNK)])
+    cuda, cpu = twins(
+        "cuda", name, [torch.randn(3), torch.randn(25 * CHUNK + 1), torch.randn(34 * CHUNK)]
+    )
     assert_steps_alike(cuda, cpu)
     set_gradients(cuda)
     assert device.step(cuda).update.blocks <= 61 / 3
@@ -174,7 +156,7 @@ def test_blocks_take_several_turns(device, name):
 
 @pytest.mark.parametrize("dtypes", [FLOAT32, FLOAT64, BFLOAT16, FLOAT16], ids=str)
 def test_aligned_tensors_move_in_vectors_of_16_bytes(device, dtypes):
-    cuda, _ = twins("AdamW", [torch.randn(2 * CHUNK).to(dtypes.param)])
+    cuda, _ = twins("cuda", "AdamW", [torch.randn(2 * CHUNK).to(dtypes.param)])
     set_gradients(cuda)
     tensors = 5  # parameter, gradient and three states
     read = tensors * 2 * CHUNK * dtypes.param.itemsize
@@ -185,7 +167,7 @@ def test_aligned_tensors_move_in_vectors_of_16_bytes(device, dtypes):
 @pytest.mark.parametrize("dtypes", [FLOAT32, FLOAT64, BFLOAT16], ids=str)
 def test_one_unaligned_tensor_is_enough_to_go_without_vectors(device, dtypes, at):
     value = torch.randn(CHUNK + 5).to(dtypes.param)
-    optimizers = twins("AdamW", [unaligned(value) if at == "param" else value])
+    optimizers = twins("cuda", "AdamW", [unaligned(value) if at == "param" else value])
     assert_steps_alike(*optimizers, steps=1)
     for optimizer in optimizers:
         (state,) = optimizer.state.values()
@@ -205,7 +187,7 @@ def test_one_unaligned_tensor_is_enough_to_go_without_vectors(device, dtypes, at
 @every_optimizer
 def test_a_layout_of_many_dimensions(name):
     value = torch.randn((2,) * 13).permute(*range(12, -1, -2), *range(1, 13, 2))
-    cuda, cpu = twins(name, [value])
+    cuda, cpu = twins("cuda", name, [value])
     for optimizer in (cuda, cpu):
         (param,) = parameters(optimizer)
         param.grad = torch.arange(2.0**13).view(param.shape)  # no two dimensions merge
@@ -222,7 +204,7 @@ def many(count: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("count", [1, SLOTS, SLOTS + 1, 3 * SLOTS, 21_001])
 def test_any_number_of_tensors_is_one_launch_of_update(device, count):
-    cuda, cpu = twins("AdamW", many(count))
+    cuda, cpu = twins("cuda", "AdamW", many(count))
     set_gradients(cuda, cpu)
     launches = device.step(cuda)
     cpu.step()
@@ -234,10 +216,10 @@ def test_any_number_of_tensors_is_one_launch_of_update(device, count):
 @every_optimizer
 def test_any_number_of_groups_is_one_launch_of_update(device, name, count):
     groups = [
-        {"params": value, "lr": 0.1 / (1 + i), "weight_decay": 0.01 * i}
+        {"params": [value], "lr": 0.1 / (1 + i), "weight_decay": 0.01 * i}
         for i, value in enumerate(many(count))
     ]
-    cuda, cpu = twins(name, groups)
+    cuda, cpu = twins("cuda", name, groups)
     set_gradients(cuda, cpu)
     launches = device.step(cuda)
     cpu.step()
@@ -248,7 +230,7 @@ def test_any_number_of_groups_is_one_launch_of_update(device, name, count):
 @every_optimizer
 def test_any_number_of_layouts_is_one_launch_of_update(device, name):
     count = 100
-    cuda, cpu = twins(name, [torch.randn(3, 4, 5).transpose(1, 2) for _ in range(count)])
+    cuda, cpu = twins("cuda", name, [torch.randn(3, 4, 5).transpose(1, 2) for _ in range(count)])
     for optimizer in (cuda, cpu):
         for param in parameters(optimizer):
             param.grad = torch.arange(60.0).view(param.shape)
@@ -270,55 +252,10 @@ def test_slots_groups_and_layouts_in_any_order():
         if i % 41 == 0 or i > 1400:
             groups.append({"params": [], "lr": 0.1 / (1 + i)})
         groups[-1]["params"].append(value)
-    optimizers = []
-    for backend in ("cuda", "cpu"):
-        copies = [{**group, "params": list(map(copied, group["params"]))} for group in groups]
-        optimizers.append(fastopt.AdamW(copies, backend=backend))
+    optimizers = twins("cuda", "AdamW", groups)
     for params in zip(*map(parameters, optimizers), strict=True):
         for param in params:
             param.grad = torch.arange(24.0).view(param.shape)
     for optimizer in optimizers:
         optimizer.step()
     assert_same_bits(*optimizers)
-
-
-# Numbers that the kernel reads by itself.
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_tensor_options_of_every_dtype(dtype):
-    lr, *betas = torch.tensor([0.03125, 0.75, 0.9375], dtype=dtype)  # exact in all of them
-    params = [torch.nn.Parameter(torch.ones(9)) for _ in range(2)]
-    assert_steps_alike(
-        fastopt.Adam([params[0]], lr=lr, betas=tuple(betas), backend="cuda"),
-        fastopt.Adam([params[1]], lr=0.03125, betas=(0.75, 0.9375), backend="cpu"),
-    )
-
-
-@pytest.mark.parametrize("found_inf", [0.0, 1.0, 2.0, torch.inf, torch.nan])
-@pytest.mark.parametrize("dtypes", [FLOAT32, FLOAT64, BFLOAT16, FLOAT16], ids=str)
-@every_optimizer
-def test_found_inf_and_grad_scale_as_tensors(name, dtypes, found_inf):
-    cuda, cpu = twins(name, [torch.randn(size).to(dtypes.param) for size in (3, CHUNK + 9)])
-    assert_steps_alike(cuda, cpu, steps=1)
-    set_gradients(cuda, cpu)
-    before = snapshot(cuda)
-    for optimizer in (cuda, cpu):
-        optimizer.grad_scale, optimizer.found_inf = torch.tensor(3.0), torch.tensor(found_inf)
-        optimizer.step()
-    assert_same_bits(cuda, cpu)
-    grads = [[param.grad for param in parameters(optimizer)] for optimizer in (cuda, cpu)]
-    assert_equal(*grads)
-    if found_inf != 0:
-        assert_equal(snapshot(cuda), before)
-
-
-@pytest.mark.parametrize("dtypes", [FLOAT32, FLOAT64, BFLOAT16], ids=str)
-def test_step_counted_in_float64(dtypes):
-    cuda, cpu = twins("AdamW", [torch.randn(5).to(dtypes.param)])
-    assert_steps_alike(cuda, cpu, steps=1)
-    for optimizer in (cuda, cpu):
-        for state in optimizer.state.values():
-            state["step"] = torch.tensor(2.0**24, dtype=torch.float64)
-    assert_steps_alike(cuda, cpu)
-    assert all(state["step"] == 2**24 + 2 for state in cuda.state.values())

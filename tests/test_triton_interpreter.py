@@ -17,17 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastopt
-from cases import BFLOAT16, CASES, CHUNK, FLOAT16, FLOAT32, FLOAT64, MIXED, state_names
-from helpers import (
-    ALL_STATES,
-    assert_equal,
-    assert_same_bits,
-    every_optimizer,
-    make,
-    native_only,
-    parameters,
-    snapshot,
-    train,
+from cases import BFLOAT16, CASES, FLOAT16, FLOAT32, FLOAT64, MIXED, state_names
+from helpers import ALL_STATES, assert_same_bits, native_only, parameters, train
+from same_bits import (  # noqa: F401 - the tests among them
+    assert_steps_alike,
+    set_gradients,
+    test_found_inf_and_grad_scale_as_tensors,
+    test_run_continued_on_another_backend_continues_bit_identically,
+    test_step_counted_in_float64,
+    test_tensor_options_of_every_dtype,
+    twins,
 )
 from test_properties import STEPS, build, plans
 
@@ -36,36 +35,10 @@ __test__ = os.environ.get("TRITON_INTERPRET") == "1"
 # numpy, which the interpreter computes with, warns of overflow and NaN unless told not to.
 pytestmark = [native_only, pytest.mark.filterwarnings("error::RuntimeWarning")]
 
-every_dtype = pytest.mark.parametrize("dtypes", [FLOAT32, FLOAT64, BFLOAT16, FLOAT16], ids=str)
 
-
-def twins(name, values, **kwargs):
-    """The same optimizer twice over equal parameters: Triton's and the CPU backend's."""
-    return [
-        make(
-            fastopt,
-            name,
-            [torch.nn.Parameter(value.clone()) for value in values],
-            backend=backend,
-            **kwargs,
-        )
-        for backend in ("triton", "cpu")
-    ]
-
-
-def set_gradients(*optimizers):
-    for params in zip(*map(parameters, optimizers), strict=True):
-        grad = torch.randn_like(params[0])
-        for param in params:
-            param.grad = grad.clone()
-
-
-def assert_steps_alike(*optimizers, steps=2):
-    for _ in range(steps):
-        set_gradients(*optimizers)
-        for optimizer in optimizers:
-            optimizer.step()
-        assert_same_bits(*optimizers)
+@pytest.fixture
+def backend():
+    return "triton"
 
 
 # Any tensors.
@@ -121,7 +94,7 @@ def values(draw):
 def test_same_bits_from_any_values(drawn):
     name, dtypes, rows, steps_taken, options = drawn
     param, grad, *states = torch.tensor(rows, dtype=torch.float64).T
-    optimizers = twins(name, [param.to(dtypes.param)], **options)
+    optimizers = twins("triton", name, [param.to(dtypes.param)], **options)
     for optimizer in optimizers:
         (param,) = parameters(optimizer)
         param.grad_dtype = dtypes.grad
@@ -135,57 +108,12 @@ def test_same_bits_from_any_values(drawn):
     assert_same_bits(*optimizers)
 
 
-# Numbers in tensors.
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_tensor_options_of_every_dtype(dtype):
-    lr, *betas = torch.tensor([0.03125, 0.75, 0.9375], dtype=dtype)  # exact in all of them
-    params = [torch.nn.Parameter(torch.ones(9)) for _ in range(2)]
-    assert_steps_alike(
-        fastopt.Adam([params[0]], lr=lr, betas=tuple(betas), backend="triton"),
-        fastopt.Adam([params[1]], lr=0.03125, betas=(0.75, 0.9375), backend="cpu"),
-    )
-
-
-@pytest.mark.parametrize("found_inf", [0.0, 1.0, 2.0, torch.inf, torch.nan])
-@every_dtype
-@every_optimizer
-def test_found_inf_and_grad_scale(name, dtypes, found_inf):
-    optimizers = twins(name, [torch.randn(size).to(dtypes.param) for size in (3, CHUNK + 9)])
-    assert_steps_alike(*optimizers, steps=1)
-    set_gradients(*optimizers)
-    before = snapshot(optimizers[0])
-    for optimizer in optimizers:
-        optimizer.grad_scale, optimizer.found_inf = torch.tensor(3.0), torch.tensor(found_inf)
-        optimizer.step()
-    assert_same_bits(*optimizers)
-    assert_equal(*([param.grad for param in parameters(optimizer)] for optimizer in optimizers))
-    if found_inf != 0:
-        assert_equal(snapshot(optimizers[0]), before)
-
-
-@every_dtype
-def test_step_counted_in_float64(dtypes):
-    optimizers = twins("AdamW", [torch.randn(5).to(dtypes.param)])
-    assert_steps_alike(*optimizers, steps=1)
-    for optimizer in optimizers:
-        for state in optimizer.state.values():
-            state["step"] = torch.tensor(2.0**24, dtype=torch.float64)
-    assert_steps_alike(*optimizers)
-    assert all(state["step"] == 2**24 + 2 for state in optimizers[0].state.values())
-
-
 def test_groups_have_their_own_options():
-    optimizers = []
-    for backend in ("triton", "cpu"):
-        torch.manual_seed(0)
-        params = [torch.nn.Parameter(torch.randn(7)) for _ in range(200)]
-        optimizer = fastopt.AdamW(params[:1], backend=backend)
-        for i, param in enumerate(params[1:]):
-            optimizer.add_param_group({"params": [param], "lr": 0.1 / (2 + i), "maximize": i % 2})
-        optimizers.append(optimizer)
-    assert_steps_alike(*optimizers, steps=1)
+    groups = [
+        {"params": [torch.randn(7)], "lr": 0.1 / (2 + i), "maximize": bool(i % 2)}
+        for i in range(200)
+    ]
+    assert_steps_alike(*twins("triton", "AdamW", groups), steps=1)
 
 
 # What is sent.
@@ -202,7 +130,7 @@ def test_only_what_changed_is_sent_again(monkeypatch):
         return stage(data, device)
 
     monkeypatch.setattr(apply, "stage", spy)
-    optimizer, _ = twins("AdamW", [torch.randn(5) for _ in range(3)])
+    optimizer, _ = twins("triton", "AdamW", [torch.randn(5) for _ in range(3)])
     slots, grads, numbers = 3 * 80, 3 * 8, (2 + 8) * 24
 
     def sent_in_a_step():

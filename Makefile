@@ -6,7 +6,7 @@ RUN := $(BIN)/python
 # OpenMP threads that spin while they wait slow each other down wherever tests share a machine.
 PATIENT := OMP_WAIT_POLICY=passive
 
-.PHONY: help install finetune test lint format bench sanitize wheel clean
+.PHONY: help install finetune test lint format bench gpu sanitize wheel clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,7 +30,7 @@ finetune: install  ## fine-tune MiniLM on BBC news with torch's AdamW and with o
 test: install  ## run the test suite (ARGS=...)
 	$(PATIENT) $(RUN) -m pytest $(ARGS)
 
-CPP := $(shell git ls-files '*.cpp' '*.h' '*.cu')
+CPP = $(shell git ls-files '*.cpp' '*.h' '*.cu')
 lint: install  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,8 +42,17 @@ format: install  ## format Python and C++
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-bench: install  ## time one step of every optimizer and workload (ARGS=...)
-	$(RUN) bench/step.py $(ARGS)
+$(VENV)/rivals: $(VENV)/installed
+	$(RUN) -m pip install -q -c constraints.txt -e '.[rivals]'
+	touch $@
+
+bench: $(VENV)/rivals  ## measure a step against its rivals, into bench/results (ARGS=...)
+	$(RUN) bench/run.py bench $(ARGS)
+
+# That machine's own Python has torch, the build's tools and the tests': no venv, no network.
+gpu:  ## on a machine with a GPU: build, test and measure (OUT=DIR CACHE=DIR)
+	PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON) bench/run.py gpu \
+	  $(if $(OUT),--out "$(OUT)") $(if $(CACHE),--cache "$(CACHE)") $(ARGS)
 
 # Run from the folder of the sanitized build, which python -m puts before the installed one.
 SANITIZERS := $(foreach lib,asan ubsan stdc++,$(shell c++ -print-file-name=lib$(lib).so))

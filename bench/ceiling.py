@@ -1,4 +1,4 @@
-"""What the memory allows: the time to stream the arrays of a step without its arithmetic."""
+"""What the memory allows: the time to move bytes without a step's arithmetic."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from pathlib import Path
 
 import torch
 
+from workloads import Shapes
+
 CHUNK = 16384  # elements a thread takes in a row, as in csrc/cpu/apply.cpp
+COPIED = 1 << 30  # bytes, far beyond any GPU's caches
 
 
 @functools.cache
@@ -24,15 +27,15 @@ def _library() -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-class Ceiling:
-    """Arrays of the shapes that a step on ``shapes`` reads and writes: parameter, gradient, states.
+class Stream:
+    """On the CPU: the arrays that a float32 step on ``shapes`` reads and writes.
 
     Args:
-        shapes: of the parameters.
+        shapes: of the parameters; with each come its gradient and states.
         states: arrays the optimizer keeps per parameter, 0 to 2.
     """
 
-    def __init__(self, shapes: list[tuple[int, ...]], states: int) -> None:
+    def __init__(self, shapes: Shapes, states: int) -> None:
         self.tensors = [[torch.zeros(s) for _ in range(2 + states)] for s in shapes]
         numels = [arrays[0].numel() for arrays in self.tensors]
         chunks = [
@@ -54,3 +57,20 @@ class Ceiling:
             ctypes.c_int(torch.get_num_threads()),
         )
         return time.perf_counter() - start
+
+
+class Copy:
+    """On a GPU: a copy from one end of its memory to another."""
+
+    def __init__(self) -> None:
+        self.source = torch.zeros(COPIED, dtype=torch.uint8, device="cuda")
+        self.target = torch.empty_like(self.source)
+        self.bytes_moved = 2 * COPIED
+
+    def seconds(self) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        self.target.copy_(self.source)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e-3

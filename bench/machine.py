@@ -1,0 +1,83 @@
+"""On what, and with what, a figure was measured; how much memory there is and is used."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def device_name(device: str) -> str:
+    """`AMD EPYC, 2 threads` or `NVIDIA H100 80GB HBM3`."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpus = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.+)", cpus.read_text()) if cpus.exists() else []
+    return f"{(models or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
+
+
+@functools.cache
+def commit() -> str:
+    """Of the sources, with -dirty where what is measured was edited since; FASTOPT_COMMIT of the
+    environment where they are no git checkout."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("FASTOPT_COMMIT", "unknown")
+    edited = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "csrc", "fastopt"]).returncode
+    return head.stdout.strip() + ("-dirty" if edited else "")
+
+
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def free_bytes(device: str) -> int:
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+    return 1024 * _status("MemAvailable", Path("/proc/meminfo"))
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def extra_bytes(call: Callable[[], None], device: str) -> int:
+    """The most memory that ``call`` has in use beyond what was in use before."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # else call could use freed memory that still counts
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    before = _status("VmRSS")
+    call()
+    return 1024 * max(0, _status("VmHWM") - before)
+
+
+def _status(key: str, file: Path = Path("/proc/self/status")) -> int:
+    """In kibibytes."""
+    match = re.search(rf"^{key}:\s+(\d+) kB", file.read_text(), re.MULTILINE)
+    if match is None:
+        raise RuntimeError(f"{file} has no {key}")
+    return int(match[1])

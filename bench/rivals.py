@@ -1,0 +1,163 @@
+"""Everything a step is measured against, by name: ours, torch's own, other libraries'.
+
+To add one: a function that imports the library and makes the optimizer called `name` (Adam, AdamW,
+SGD) with torch's options, and a line in CONTENDERS. Whatever it raises, there or in the first
+steps, is the reason for which the contender is skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+OURS, REFERENCE = "fastopt", "torch fused"
+LR = 1e-3  # some have no default
+
+
+def fastopt(params: list[Parameter], name: str, **options: Any) -> Optimizer:
+    import fastopt
+
+    return getattr(fastopt, name)(params, **{"lr": LR} | options)
+
+
+def fastopt_triton(params: list[Parameter], name: str, **options: Any) -> Optimizer:
+    return fastopt(params, name, backend="triton", **options)
+
+
+def torch_fused(params: list[Parameter], name: str, **options: Any) -> Optimizer:
+    return getattr(torch.optim, name)(params, fused=True, **{"lr": LR} | options)
+
+
+def torch_foreach(params: list[Parameter], name: str, **options: Any) -> Optimizer:
+    return getattr(torch.optim, name)(params, foreach=True, **{"lr": LR} | options)
+
+
+def torch_loop(params: list[Parameter], name: str, **options: Any) -> Optimizer:
+    return getattr(torch.optim, name)(params, foreach=False, **{"lr": LR} | options)
+
+
+def torch_compile(params: list[Parameter], name: str, **options: Any) -> Optimizer:
+    optimizer = torch_foreach(params, name, **options)
+    optimizer.step = torch.compile(optimizer.step)  # type: ignore[method-assign]
+    return optimizer
+
+
+def torch_optimi(params: list[Parameter], name: str, **options: Any) -> Optimizer:
+    import optimi
+
+    return getattr(optimi, name)(params, **{"lr": LR} | options)
+
+
+def torchao_8bit(params: list[Parameter], name: str, **options: Any) -> Optimizer:
+    import torchao.optim
+
+    return getattr(torchao.optim, f"{name}8bit")(params, **{"lr": LR} | options)
+
+
+def torchao_4bit(params: list[Parameter], name: str, **options: Any) -> Optimizer:
+    import torchao.optim
+
+    return getattr(torchao.optim, f"{name}4bit")(params, **{"lr": LR} | options)
+
+
+def bitsandbytes_8bit(params: list[Parameter], name: str, **options: Any) -> Optimizer:
+    import bitsandbytes
+
+    return getattr(bitsandbytes.optim, f"{name}8bit")(params, **{"lr": LR} | options)
+
+
+def flashoptim(params: list[Parameter], name: str, **options: Any) -> Optimizer:
+    import flashoptim
+
+    return getattr(flashoptim, f"Flash{name}")(params, **{"lr": LR} | options)
+
+
+def heavyball(params: list[Parameter], name: str, **options: Any) -> Optimizer:
+    import heavyball
+
+    return getattr(heavyball, name)(params, **{"lr": LR} | options)
+
+
+def deepspeed_fused(params: list[Parameter], name: str, **options: Any) -> Optimizer:
+    from deepspeed.ops.adam import FusedAdam
+
+    return FusedAdam(params, adam_w_mode=_decoupled(name), **{"lr": LR} | options)
+
+
+def deepspeed_cpu(params: list[Parameter], name: str, **options: Any) -> Optimizer:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    if not all(p.is_cpu for p in params):
+        raise ValueError("DeepSpeedCPUAdam steps on CPU parameters")
+    return DeepSpeedCPUAdam(params, adamw_mode=_decoupled(name), **{"lr": LR} | options)
+
+
+def apex(params: list[Parameter], name: str, **options: Any) -> Optimizer:
+    from apex.optimizers import FusedAdam, FusedSGD
+
+    if name == "SGD":
+        return FusedSGD(params, **{"lr": LR} | options)
+    return FusedAdam(params, adam_w_mode=_decoupled(name), **{"lr": LR} | options)
+
+
+def transformer_engine(params: list[Parameter], name: str, **options: Any) -> Optimizer:
+    from transformer_engine.pytorch.optimizers import FusedAdam, FusedSGD
+
+    if name == "SGD":
+        return FusedSGD(params, **{"lr": LR} | options)
+    return FusedAdam(params, adam_w_mode=_decoupled(name), **{"lr": LR} | options)
+
+
+def _decoupled(name: str) -> bool:
+    """Which of the two Adams, where one class is both."""
+    modes = {"Adam": False, "AdamW": True}
+    if name not in modes:
+        raise ValueError(f"it has no {name}")
+    return modes[name]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation.
+
+    Args:
+        make: its optimizer, given parameters, torch's name and torch's options.
+        package: whose version the results state.
+        compiles: it does so when made or first stepped, for up to minutes; left out by default.
+    """
+
+    make: Callable[..., Optimizer]
+    package: str
+    compiles: bool = False
+
+    def version(self) -> str:
+        try:
+            return f"{self.package} {metadata.version(self.package)}"
+        except metadata.PackageNotFoundError:
+            return self.package
+
+
+CONTENDERS = {
+    OURS: Contender(fastopt, "fastopt"),
+    REFERENCE: Contender(torch_fused, "torch"),
+    "fastopt triton": Contender(fastopt_triton, "fastopt"),
+    "torch foreach": Contender(torch_foreach, "torch"),
+    "torch loop": Contender(torch_loop, "torch"),
+    "torch compile": Contender(torch_compile, "torch", compiles=True),
+    "torch-optimi": Contender(torch_optimi, "torch-optimi"),
+    "torchao 8-bit": Contender(torchao_8bit, "torchao", compiles=True),
+    "torchao 4-bit": Contender(torchao_4bit, "torchao", compiles=True),
+    "bitsandbytes 8-bit": Contender(bitsandbytes_8bit, "bitsandbytes"),
+    "FlashOptim": Contender(flashoptim, "flashoptim"),
+    "heavyball": Contender(heavyball, "heavyball", compiles=True),
+    "DeepSpeed FusedAdam": Contender(deepspeed_fused, "deepspeed", compiles=True),
+    "DeepSpeed CPUAdam": Contender(deepspeed_cpu, "deepspeed", compiles=True),
+    "apex": Contender(apex, "apex"),
+    "Transformer Engine": Contender(transformer_engine, "transformer-engine"),
+}

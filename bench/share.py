@@ -1,0 +1,148 @@
+"""What share of a fine-tuning step is the optimizer, and what does ours do to the whole?
+
+MiniLM on BBC News as in bench/finetune.py, tuned fully and by LoRA (r=8 on every linear layer), by
+torch's fused AdamW and by ours: four models, each with its own optimizer, take the same batch in
+turn. A step is forward, backward, clipping to norm 1 (Trainer's default) and the optimizer.
+
+    python bench/share.py --csv bench/results/share-cpu.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+import machine
+from rivals import CONTENDERS, OURS, REFERENCE
+from tasks import TaskError, find
+from tasks.fetch import default_cache
+
+COLUMNS = [
+    *("tuning", "contender", "device", "tensors", "elements", "steps"),
+    *("whole_ms", "whole_p20_ms", "whole_p80_ms", "clip_ms", "optimizer_ms", "optimizer_share"),
+    *("machine", "torch", "commit"),
+]
+
+
+def full(model: torch.nn.Module) -> torch.nn.Module:
+    return model
+
+
+def lora(model: torch.nn.Module) -> torch.nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=8, target_modules="all-linear", task_type="SEQ_CLS")
+    return get_peft_model(model, config)
+
+
+TUNINGS: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {"full": full, "lora": lora}
+
+
+class Trained:
+    """A model, its optimizer, and the seconds of each phase of its steps."""
+
+    def __init__(self, model: torch.nn.Module, contender: str, device: str) -> None:
+        self.model = model.to(device).train()
+        self.device = device
+        self.params = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = CONTENDERS[contender].make(self.params, "AdamW", lr=1e-4)
+        self.phases: dict[str, list[float]] = {"whole": [], "clip": [], "optimizer": []}
+
+    def step(self, batch: dict[str, Any]) -> None:
+        start = self._now()
+        self.model(**batch).loss.backward()
+        passed = self._now()
+        clip_grad_norm_(self.params, 1.0)
+        clipped = self._now()
+        self.optimizer.step()
+        end = self._now()
+        self.optimizer.zero_grad()
+        for phase, seconds in (
+            ("whole", end - start),
+            ("clip", clipped - passed),
+            ("optimizer", end - clipped),
+        ):
+            self.phases[phase].append(seconds)
+
+    def _now(self) -> float:
+        machine.synchronize(self.device)
+        return time.perf_counter()
+
+    def figures(self, warm_up: int) -> dict[str, str]:
+        kept = {phase: seconds[warm_up:] for phase, seconds in self.phases.items()}
+        _, p20, *_, p80, _ = statistics.quantiles(kept["whole"], n=10)
+        medians = {phase: statistics.median(seconds) for phase, seconds in kept.items()}
+        return {
+            "tensors": str(len(self.params)),
+            "elements": str(sum(p.numel() for p in self.params)),
+            "steps": str(len(kept["whole"])),
+            "whole_p20_ms": f"{p20 * 1e3:.2f}",
+            "whole_p80_ms": f"{p80 * 1e3:.2f}",
+            **{f"{phase}_ms": f"{seconds * 1e3:.3f}" for phase, seconds in medians.items()},
+            "optimizer_share": f"{medians['optimizer'] / medians['whole']:.4f}",
+        }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--steps", type=int, default=20, help="timed, of each; %(default)s")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before them; %(default)s")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="of model and data")
+    parser.add_argument("--csv", type=Path, metavar="FILE")
+    args = parser.parse_args(argv)
+    try:
+        task = find("topics")(None, None, args.cache)
+    except TaskError as error:
+        print(f"share: {error}", file=sys.stderr)
+        return error.exit_code
+    runs = {
+        (tuning, contender): Trained(prepare(task.load_model()), contender, args.device)
+        for tuning, prepare in TUNINGS.items()
+        for contender in (REFERENCE, OURS)
+    }
+    order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0)).tolist()
+    for i in tqdm(range(args.warm_up + args.steps), unit="step"):
+        chosen = order[i * task.batch_size : (i + 1) * task.batch_size]
+        batch = task.collate([task.train[j] for j in chosen])
+        batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
+        for trained in runs.values():
+            trained.step(batch)
+    facts = {
+        "device": args.device,
+        "machine": machine.device_name(args.device),
+        "torch": torch.__version__,
+        "commit": machine.commit(),
+    }
+    rows = [
+        {"tuning": tuning, "contender": contender, **trained.figures(args.warm_up), **facts}
+        for (tuning, contender), trained in runs.items()
+    ]
+    for row in rows:
+        print(
+            "{tuning}, {tensors} tensors, {contender}: step {whole_ms} ms "
+            "({whole_p20_ms} to {whole_p80_ms}), clipping {clip_ms} ms, "
+            "optimizer {optimizer_ms} ms, share {optimizer_share}".format_map(row)
+        )
+    if args.csv:
+        with args.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

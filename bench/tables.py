@@ -1,0 +1,302 @@
+"""Write the tables and pictures of README.md and bench/results/README.md from the committed CSVs.
+
+    python bench/tables.py                  after new figures
+    python bench/tables.py --results DIR    DIR/README.md alone, of figures that lie elsewhere
+
+In README.md a generated table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import plots
+import scaling
+import step
+from machine import ROOT
+from rivals import CONTENDERS, OURS, REFERENCE
+from workloads import WORKLOADS
+
+RESULTS = ROOT / "bench" / "results"
+README = ROOT / "README.md"
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+NOT_YET = "not measured yet"
+Row = step.Row
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def rows_of(results: Path, name: str) -> list[Row]:
+    file = results / f"{name}.csv"
+    return step.read(file) if file.exists() else []
+
+
+def pick(rows: Iterable[Row], **wanted: str) -> list[Row]:
+    return [r for r in rows if all(r[column] == value for column, value in wanted.items())]
+
+
+def one(rows: Iterable[Row], **wanted: str) -> Row | None:
+    found = pick(step.measured(rows), **wanted)
+    return found[0] if found else None
+
+
+def time(row: Row | None, column: str = "median_ms") -> str:
+    """In milliseconds, three figures."""
+    if row is None or not row[column]:
+        return ""
+    value = float(row[column])
+    return f"{value:,.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")
+
+
+def ratio(row: Row | None) -> str:
+    if row is None or not row["ratio_to_torch_fused"]:
+        return ""
+    spread = " ({ratio_p20} to {ratio_p80})".format_map(row) if row["ratio_p20"] else ""
+    return "{ratio_to_torch_fused}x".format_map(row) + spread
+
+
+def percent(row: Row | None) -> str:
+    return f"{float(row['ceiling_share']):.0%}" if row and row["ceiling_share"] else ""
+
+
+def size(row: Row) -> str:
+    """`144 tensors, 1.33 M`; nothing where the title says it."""
+    tensors, elements = int(row["tensors"]), int(row["elements"])
+    return f"{tensors} tensors, {elements / 1e6:.3g} M" if elements > 1e5 else ""
+
+
+def measured_on(rows: Sequence[Row]) -> str:
+    """What the figures come from; several in the order of their first rows."""
+    known = [f"{r['machine']}, torch {r['torch']}, fastopt at {r['commit']}" for r in rows]
+    return "; ".join(dict.fromkeys(known))
+
+
+def workloads_in(rows: Iterable[Row]) -> list[str]:
+    seen = {row["workload"] for row in rows}
+    return [name for name in WORKLOADS if name in seen]
+
+
+def contenders_in(rows: Iterable[Row]) -> list[str]:
+    seen = {row["contender"] for row in rows}
+    return [name for name in CONTENDERS if name in seen]
+
+
+# Of README.md.
+
+
+def step_table(results: Path, device: str) -> str:
+    """Ours and torch fused, AdamW and SGD."""
+    plain = pick(rows_of(results, f"step-{device}"), situation="plain", dtype="float32")
+    rows = step.measured(plain)
+    if not rows:
+        return f"{DEVICES[device]}: {NOT_YET}."
+    head, lines = ["float32 parameters", ""], []
+    for name in ("AdamW", "SGD, momentum"):
+        head += [f"{name}: torch", "fastopt", "", "of the ceiling"]
+    for workload in workloads_in(rows):
+        here = pick(rows, workload=workload)
+        line = [WORKLOADS[workload].title, size(here[0])]
+        for optimizer in ("adamw", "sgd-momentum"):
+            theirs = one(here, optimizer=optimizer, contender=REFERENCE)
+            ours = one(here, optimizer=optimizer, contender=OURS)
+            line += [time(theirs), time(ours), ratio(ours), percent(ours)]
+        lines.append(line)
+    return f"{markdown(head, lines)}\n\n{measured_on(rows)}."
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "step-cpu": lambda results: step_table(results, "cpu"),
+    "step-cuda": lambda results: step_table(results, "cuda"),
+}
+
+
+def with_tables(text: str, results: Path) -> str:
+    """README.md with what stands between its markers written anew."""
+
+    def block(match: re.Match[str]) -> str:
+        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]](results)}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+# Of bench/results/README.md.
+
+
+def contenders_table(rows: Sequence[Row]) -> str:
+    """Milliseconds of every contender, ours and the reference first."""
+    names = contenders_in(rows)
+    head = ["", *names]
+    lines = []
+    for workload in workloads_in(rows):
+        here = [one(rows, workload=workload, contender=name) for name in names]
+        lines.append([WORKLOADS[workload].title, *(_time_and_ratio(row) for row in here)])
+    return markdown(head, lines)
+
+
+def _time_and_ratio(row: Row | None) -> str:
+    if row is None:
+        return ""
+    return f"{time(row)} ({row['ratio_to_torch_fused']}x)"
+
+
+def situations_table(rows: Sequence[Row]) -> str:
+    names = contenders_in(rows)
+    lines = [
+        [
+            situation,
+            WORKLOADS[workload].title,
+            *(
+                _time_and_ratio(one(rows, situation=situation, workload=workload, contender=name))
+                for name in names
+            ),
+        ]
+        for situation in dict.fromkeys(row["situation"] for row in rows)
+        for workload in workloads_in(pick(rows, situation=situation))
+    ]
+    return markdown(["situation", "", *names], lines)
+
+
+def limits_table(rows: Sequence[Row]) -> str:
+    """Where memory is the limit: GB/s and the share of what streaming reaches."""
+    lines = [
+        [
+            WORKLOADS[workload].title,
+            row["contender"],
+            row["gb_per_s"],
+            row["ceiling_gb_per_s"],
+            percent(row),
+        ]
+        for workload in workloads_in(rows)
+        for row in pick(rows, workload=workload)
+        if row["ceiling_share"]
+    ]
+    return markdown(["", "", "GB/s", "ceiling, GB/s", "share"], lines)
+
+
+def host_table(rows: Sequence[Row]) -> str:
+    """On a GPU: the host's time and the device's own."""
+    lines = [
+        [
+            WORKLOADS[row["workload"]].title,
+            row["contender"],
+            row["situation"],
+            *(time(row, column) for column in ("median_ms", "host_ms", "device_ms")),
+        ]
+        for row in rows
+        if row["device_ms"] and row["contender"] in (OURS, REFERENCE, "fastopt triton")
+    ]
+    return markdown(["", "", "situation", "whole, ms", "host, ms", "device, ms"], lines)
+
+
+def memory_table(rows: Sequence[Row]) -> str:
+    """Of the workload that most contenders stepped on."""
+    counts = {name: len(pick(rows, workload=name)) for name in workloads_in(rows)}
+    largest = max(counts, key=lambda name: (counts[name], list(WORKLOADS).index(name)))
+    lines = [
+        [row["contender"], row["version"], row["state_bytes_per_param"], row["step_peak_mb"]]
+        for name in contenders_in(rows)
+        if (row := one(rows, workload=largest, contender=name))
+    ]
+    head = ["", "", "state, bytes per parameter", f"peak of a step on {largest}, MB"]
+    return markdown(head, lines)
+
+
+def skipped_list(rows: Iterable[Row]) -> str:
+    reasons = {
+        f"- {row['contender']}: {row['skipped']}"
+        for row in rows
+        if row["skipped"] and not row["skipped"].startswith(step.TOO_LARGE)
+    }
+    return "\n".join(sorted(reasons)) or "All of them ran."
+
+
+def share_table(rows: Sequence[Row]) -> str:
+    columns = ("whole_ms", "clip_ms", "optimizer_ms")
+    lines = [
+        [
+            f"{row['tuning']}, {size(row)}",
+            row["contender"],
+            *(time(row, column) for column in columns),
+            f"{float(row['optimizer_share']):.1%}",
+        ]
+        for row in rows
+    ]
+    return markdown(["", "", "whole step, ms", "clipping, ms", "optimizer, ms", "its share"], lines)
+
+
+def sections(results: Path, device: str, pictures: bool) -> list[str]:
+    """Those for which there are figures."""
+    rows = rows_of(results, f"step-{device}")
+    good = step.measured(rows)
+    if not good:
+        return [f"## {DEVICES[device]}", f"{NOT_YET.capitalize()}."]
+    parts = [f"## {DEVICES[device]}", f"{measured_on(good)}."]
+
+    def add(title: str, *texts: str, picture: str | None = None) -> None:
+        parts.extend([f"### {title}", *texts])
+        if picture and pictures:
+            parts.append(f"![{title}]({picture}-{device}.png)")
+
+    for optimizer in dict.fromkeys(row["optimizer"] for row in good):
+        for dtype in dict.fromkeys(row["dtype"] for row in good):
+            plain = pick(good, optimizer=optimizer, dtype=dtype, situation="plain")
+            if plain:
+                add(
+                    f"{optimizer}, {dtype}: ms a step (times as fast as torch fused)",
+                    contenders_table(plain),
+                )
+    plain = pick(good, optimizer="adamw", dtype="float32", situation="plain")
+    pair = [row for row in plain if row["contender"] in (OURS, REFERENCE)]
+    add("adamw against the ceiling", limits_table(pair), picture="rivals")
+    others = [row for row in good if row["situation"] != "plain"]
+    if others:
+        add("adamw in other situations", situations_table(others))
+    if device == "cuda":
+        add("Host and device", host_table(pick(good, optimizer="adamw", dtype="float32")))
+    add("Memory", memory_table(plain))
+    add("Not run", skipped_list(rows))
+    sweep = rows_of(results, f"scaling-{device}")
+    if sweep:
+        costs = (f"- {scaling.describe(sweep, name)}" for name in (OURS, REFERENCE))
+        add("As the work grows", "\n".join(costs), picture="scaling")
+    share = rows_of(results, f"share-{device}")
+    if share:
+        add("Share of fine-tuning MiniLM on BBC News", share_table(share))
+    return parts
+
+
+def page(results: Path, pictures: bool) -> str:
+    """bench/results/README.md."""
+    parts = [
+        "# Results in full",
+        "Generated by `python bench/tables.py` from the CSVs beside it, which `make bench` and "
+        "`make gpu` write. What each column means stands in `bench/step.py`.",
+    ]
+    for device in DEVICES:
+        parts += sections(results, device, pictures)
+    return "\n\n".join(parts) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, metavar="DIR", default=RESULTS)
+    results = parser.parse_args(argv).results.resolve()
+    committed = results == RESULTS
+    (results / "README.md").write_text(page(results, pictures=committed))
+    if committed:
+        README.write_text(with_tables(README.read_text(), results))
+        for picture, (draw, source) in plots.PICTURES.items():
+            for device in DEVICES:
+                plots.save(draw, results / f"{source}-{device}.csv", picture)
+
+
+if __name__ == "__main__":
+    main()

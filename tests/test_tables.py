@@ -1,0 +1,77 @@
+"""The tables and pictures in the repository are those of the CSVs beside them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+
+import plots
+import scaling
+import step
+import tables
+
+AGAIN = "run `python bench/tables.py`"
+
+
+def test_readme_has_the_tables_of_the_committed_figures():
+    text = tables.README.read_text()
+    assert all(f"<!-- table: {name} -->" in text for name in tables.TABLES)
+    assert tables.with_tables(text, tables.RESULTS) == text, AGAIN
+
+
+def test_results_page_is_that_of_the_committed_figures():
+    page = (tables.RESULTS / "README.md").read_text()
+    assert page == tables.page(tables.RESULTS, pictures=True), AGAIN
+
+
+def test_pictures_show_the_committed_figures():
+    for picture, (_, source) in plots.PICTURES.items():
+        for device in tables.DEVICES:
+            file = tables.RESULTS / f"{source}-{device}.csv"
+            if file.exists():
+                shown = Image.open(tables.RESULTS / f"{picture}-{device}.png").text["Source"]
+                assert shown == plots.digest(file), AGAIN
+
+
+@pytest.fixture
+def figures(tmp_path):
+    """A folder with one row for each device: ours, 2.00 ms, half as fast as torch fused."""
+    for device in tables.DEVICES:
+        results = step.Results(tmp_path / f"step-{device}.csv", "cpu")
+        setting = step.Setting([(4, 4)], "adamw", "plain", "float32", device)
+        figures = {"median_ms": "2.0000", "ratio_to_torch_fused": "0.50"}
+        results.add("one-tiny", setting, {"contender": "fastopt", **figures})
+        results.add("one-tiny", setting, {"contender": "apex", "skipped": "ImportError: no apex"})
+    return tmp_path
+
+
+def test_a_changed_figure_changes_the_readme(figures):
+    marked = "before\n<!-- table: step-cpu -->\nold\n<!-- end -->\nafter\n"
+    text = tables.with_tables(marked, figures)
+    assert text.startswith("before\n<!-- table: step-cpu -->\n| float32")
+    assert text.endswith("<!-- end -->\nafter\n")
+    assert "| 2.00 | 0.50x |" in text
+    assert tables.with_tables(text, figures) == text
+
+
+def test_where_we_lose_and_who_did_not_run_is_on_the_page(figures):
+    page = tables.page(figures, pictures=False)
+    assert "2.00 (0.50x)" in page
+    assert "- apex: ImportError: no apex" in page
+
+
+def test_what_nobody_measured_is_said_not_to_be(tmp_path):
+    assert "not measured yet" in tables.step_table(tmp_path, "cuda")
+    assert page_sections(tables.page(tmp_path, pictures=False)) == ["CPU", "GPU"]
+
+
+def page_sections(page: str) -> list[str]:
+    return [line.removeprefix("## ") for line in page.splitlines() if line.startswith("## ")]
+
+
+def test_fit_finds_fixed_and_growing_cost():
+    line = scaling.fit([1, 10, 100, 10_000], [5.5, 10, 55, 5005])
+    assert line == pytest.approx((5, 0.5))

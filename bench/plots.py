@@ -36,9 +36,7 @@ def bars(rows: Sequence[step.Row]) -> Figure:
     for axes, workload in zip(places, workloads, strict=True):
         draw_bars(axes, [row for row in plain if row["workload"] == workload])
         axes.set_title(WORKLOADS[workload].title, loc="left")
-    figure.supxlabel(
-        f"a step of AdamW, float32: times as long as torch fused, up to {SLOWEST}"
-    )
+    figure.supxlabel(f"a step of AdamW, float32: times as long as torch fused, up to {SLOWEST}")
     return figure
 
 

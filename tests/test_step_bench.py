@@ -51,9 +51,9 @@ def test_share_of_the_ceiling_where_memory_bounds_the_step(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     for row in rows_of(file):
-        # It moves 20 bytes a parameter: GB/s and milliseconds must say the same.
-        moved = float(row["gb_per_s"]) * float(row["median_ms"]) * 1e6
-        assert abs(moved / (20 * 300 * 65536) - 1) < 0.01
+        # It moves 20 bytes a parameter: GB/s, given to a tenth, and milliseconds must say the same.
+        speed = 20 * 300 * 65536 / float(row["median_ms"]) / 1e6
+        assert abs(float(row["gb_per_s"]) - speed) < 0.051
         assert float(row["ceiling_share"]) > 0
 
 

@@ -9,6 +9,7 @@ import importlib
 import json
 import math
 import platform
+import random
 import shutil
 import time
 from collections.abc import Sequence
@@ -218,7 +219,12 @@ class Comparison:
         self.processes = PartialState(cpu=not torch.accelerator.is_available())
         self.contenders = contenders(options.optimizer, options.against)
         with self.processes.main_process_first():  # fetches what the others then find
+            self.earlier: Task | None = None
+            if options.continue_from is not None:
+                self.earlier, options = continued(options)
             self.task: Task = find(options.task)(options)
+        if self.earlier is not None:
+            self.task.train = with_replay(self.task.train, self.earlier.train, options.replay)
         self.out: Path = options.out
         self.checkpoints = self.out / "checkpoints"
         self.steps: int = options.steps or self.task.steps
@@ -262,7 +268,10 @@ class Comparison:
             "task": options.task,
             "model": self.task.model,
             "dataset": self.task.dataset,
+            "headline": self.task.headline,
             "examples": {"train": len(self.task.train), "held_out": len(self.task.held_out)},
+            "continued_from": options.continue_from and str(options.continue_from),
+            "replay": options.replay,
             "tuning": options.tuning,
             "steps": self.steps,
             "batch_size": self.batch_size,
@@ -280,7 +289,9 @@ class Comparison:
 
     def run(self) -> dict[str, Any]:
         """Train both, keep the second's model in OUT/model, and return the report."""
-        start = self._evaluate(self.start)
+        start = self._evaluate(self.start, self.task)
+        if self.earlier is not None:
+            remembered = self._evaluate(self.start, self.earlier)
         # Blocks in the order A B B A: a machine that slows down meanwhile slows both alike. Who
         # takes a stretch of steps first decides whether the loss has converged on it.
         first, second = self.contenders
@@ -294,13 +305,17 @@ class Comparison:
             {
                 "optimizer": contender.name,
                 "losses": [entry["loss"] for entry in history],
-                "metrics": {"start": start, "end": self._evaluate(model)},
+                "metrics": {"start": start, "end": self._evaluate(model, self.task)},
                 "train_step_ms": spread([entry["train_step_ms"] for entry in history]),
                 "optimizer_step_ms": spread([entry["optimizer_step_ms"] for entry in history]),
             }
             for contender, (model, history) in zip(self.contenders.values(), finished, strict=True)
         ]
         models = [model for model, _ in finished]
+        if self.earlier is not None:
+            for run, model in zip(runs, models, strict=True):
+                still = self._evaluate(model, self.earlier)
+                run["earlier_data"] = {"start": remembered, "end": still}
         trained = [parameter for parameter in self.start.parameters() if parameter.requires_grad]
         report = {
             **self.settings(),
@@ -312,6 +327,10 @@ class Comparison:
             },
             "device": device_name(next(self.start.parameters()).device),
             "versions": versions(),
+            "options": {
+                name: str(value) if isinstance(value, Path) else value
+                for name, value in vars(self.options).items()
+            },
             "runs": runs,
             "parity": {
                 "max_loss_diff": max(map(abs, loss_differences(runs))),
@@ -470,11 +489,39 @@ class Comparison:
         losses = step_losses(trainer.state)
         return {"rates": rates[: len(losses)], "losses": losses}
 
-    def _evaluate(self, model: nn.Module) -> dict[str, Any]:
+    def _evaluate(self, model: nn.Module, task: Task) -> dict[str, Any]:
         arguments = self._arguments(self.checkpoints, report_to="none")
-        figures = self.task.evaluate(self._trainer(model, "held-out", arguments))
+        figures = task.evaluate(self._trainer(model, "held-out", arguments))
         require_finite(figures["loss"], "held-out")
         return figures
+
+
+def continued(options: argparse.Namespace) -> tuple[Task, argparse.Namespace]:
+    """The task of an earlier run on its own data, and options that start from its model."""
+    folder = options.continue_from
+    try:
+        earlier = json.loads((folder / "report.json").read_text())["options"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"--continue-from {folder}: no report.json of a finished run") from error
+    if earlier["task"] != options.task or not find(options.task).continuable:
+        raise InputError(
+            f"--continue-from {folder}: a run of {earlier['task']}, which {options.task} cannot "
+            "start from"
+        )
+    if not (folder / "model").is_dir():
+        raise InputError(
+            f"--continue-from {folder}: --tuning {earlier['tuning']} left no model to start from"
+        )
+    here = {"model": str(folder / "model")}
+    here |= {name: getattr(options, name) for name in ("continue_from", "cache", "out")}
+    task = find(options.task)(argparse.Namespace(**(earlier | here)))
+    return task, argparse.Namespace(**(vars(options) | here))
+
+
+def with_replay(new: Sequence[Any], old: Sequence[Any], share: float) -> list[Any]:
+    """`new`, and a random choice of `old` that is `share` times as long, as far as it goes."""
+    count = min(len(old), round(share * len(new)))
+    return [*new, *random.Random(0).sample(list(old), count)]
 
 
 def require_finite(loss: float, where: str) -> None:

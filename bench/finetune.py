@@ -10,8 +10,8 @@ optimizer, 2 to 4 minutes on two cores.
     python bench/finetune.py --optimizer fastopt.SGD:momentum=0.9 --lr 0.05
     python bench/finetune.py TASK --help
 
-OUT receives report.json, losses.png, the trained model/, and checkpoints/, from which --resume
-continues.
+OUT receives report.json, table.txt, losses.png, the trained model/, and checkpoints/, from which
+--resume continues.
 """
 
 from __future__ import annotations
@@ -53,6 +53,19 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"CSV, TSV, JSON or JSONL file, or hub name, with columns {columns}; {own}",
     )
     task_class.add_options(parser.add_argument_group(f"only for {task}"))
+    parser.add_argument(
+        "--continue-from",
+        type=Path,
+        metavar="DIR",
+        help="start from the model that an earlier run left in DIR, and report what it forgets",
+    )
+    parser.add_argument(
+        "--replay",
+        type=number(float, 0),
+        default=0.0,
+        metavar="SHARE",
+        help="mix in examples of DIR's data, so many times those of the new; %(default)s",
+    )
     parser.add_argument("--optimizer", default="fastopt.AdamW", help="CLASS[:KEY=VALUE,...]")
     parser.add_argument(
         "--against",
@@ -120,6 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(argv)
     disable_progress_bar()  # of single files read and written; those of the training stay
     try:
+        status = find(options.task).program(options)
+        if status is not None:
+            return status
         comparison = Comparison(options)
         run = find_rate if options.find_lr else compare
         return run(comparison)
@@ -133,7 +149,9 @@ def compare(comparison: Comparison) -> int:
     if comparison.processes.is_main_process:
         (comparison.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         picture(report, comparison.out / "losses.png")
-        print(table(report, comparison.task))
+        text = table(report, comparison.task)
+        (comparison.out / "table.txt").write_text(text + "\n", encoding="utf-8")
+        print(text)
         print(f"written: {comparison.out / 'report.json'}, {comparison.out / 'losses.png'}")
     return 0
 

@@ -31,6 +31,7 @@ def table(report: dict[str, Any], task: Task) -> str:
             ),
             ("held-out loss, start to end", f"{ends[0]['loss']:.4f} to {ends[1]['loss']:.4f}"),
             *task.rows(ends[1]),
+            *forgetting(run, report["headline"]),
             ("whole step, ms: median (p20 to p80)", timing(run, "train_step_ms")),
             ("optimizer step, ms: median (p20 to p80)", timing(run, "optimizer_step_ms")),
             ("  share of the whole step", share(run)),
@@ -68,6 +69,17 @@ def table(report: dict[str, Any], task: Task) -> str:
     rule = "-" * max(map(len, lines))
     notes = task.notes(ends["start"], ends["end"])
     return "\n".join([*head, rule, lines[0], rule, *lines[1:], rule, *foot, *notes])
+
+
+def forgetting(run: dict[str, Any], headline: str) -> list[tuple[str, str]]:
+    """Rows on what a continued run still knows of the earlier data."""
+    if "earlier_data" not in run:
+        return []
+    start, end = (run["earlier_data"][when] for when in ("start", "end"))
+    return [
+        (f"earlier data, held-out {name}, start to end", f"{start[name]:.4f} to {end[name]:.4f}")
+        for name in ("loss", headline)
+    ] + [(f"  {headline} forgotten", f"{start[headline] - end[headline]:+.4f}")]
 
 
 def batch(report: dict[str, Any]) -> str:
@@ -130,3 +142,42 @@ def range_picture(test: dict[str, list[float]], path: Path) -> None:
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss")
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+PAGE_INTRODUCTION = """\
+# Fine-tuning, stock optimizer against ours
+
+Made by `make finetune-all`. In every row both optimizers start from the same weights with the same
+seed. The metric is that of `fastopt`'s run on held-out examples, beside what the trivial answer
+scores; the loss difference is the largest at any step between the two runs.
+
+| run | trained | steps | held-out loss | metric | trivial | loss difference | \
+optimizer, ms: torch | fastopt | share of the step |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def page(finished: dict[str, tuple[list[str], dict[str, Any], str]]) -> str:
+    """Markdown of finished runs by name: the arguments, report and table of each."""
+    rows, sections = [], []
+    for name, (arguments, report, text) in finished.items():
+        first, second = report["runs"]
+        start, end = (second["metrics"][when] for when in ("start", "end"))
+        size, headline = report["parameters"], report["headline"]
+        times = [run["optimizer_step_ms"]["median"] for run in (first, second)]
+        rows.append(
+            f"| [{name}](#{name}) "
+            f"| {size['trained'] / 1e6:.3g} of {size['total'] / 1e6:.1f} M, "
+            f"{size['trained_tensors']} tensors "
+            f"| {len(second['losses'])} of {batch(report)} "
+            f"| {start['loss']:.3f} to {end['loss']:.3f} "
+            f"| {headline} {end[headline]:.3f} | {end['baseline'][headline]:.3f} "
+            f"| {report['parity']['max_loss_diff']:.1e} "
+            f"| {times[0]:.2f} | {times[1]:.2f} "
+            f"| {times[1] / second['train_step_ms']['median']:.1%} |"
+        )
+        sections.append(
+            f"\n## {name}\n\n`python bench/finetune.py {' '.join(arguments)}`\n\n"
+            f"![losses](finetune-{name}.png)\n\n```\n{text}```\n"
+        )
+    return PAGE_INTRODUCTION + "\n".join(rows) + "\n" + "".join(sections)

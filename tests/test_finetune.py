@@ -14,13 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertTokenizer,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-)
+from transformers import BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
+
+from tiny import WORDS, losses, report_in, rows, save_bert, save_tokenizer
 
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
@@ -34,11 +30,6 @@ from tasks.files import read_rows  # noqa: E402
 from tasks.models import MINILM  # noqa: E402
 from tasks.topics import BBC_NEWS  # noqa: E402
 
-WORDS = {
-    "metal": ["iron", "copper", "zinc", "smelter", "ore", "rust", "alloy", "ingot"],
-    "music": ["violin", "chord", "tenor", "sonata", "drum", "choir", "flute", "encore"],
-    "weather": ["rain", "cloud", "gale", "frost", "thunder", "sleet", "drizzle", "fog"],
-}
 STEPS = 6
 COLUMNS = ("text", "label")
 
@@ -54,40 +45,9 @@ def _small_run():
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
-def rows(count=20):
-    """`count` different texts of each class, every one naming its class's words."""
-    return [
-        (f"{words[n % 8]} and {words[(3 * n + 1) % 8]} of {n}", label)
-        for label, words in WORDS.items()
-        for n in range(count)
-    ]
-
-
-def save_tokenizer(folder):
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "and", "of"]
-    vocabulary += [word for words in WORDS.values() for word in words] + list("0123456789")
-    vocabulary += [f"##{digit}" for digit in range(10)]
-    numbered = {token: number for number, token in enumerate(vocabulary)}
-    tokenizer = BertTokenizer(vocab=numbered, model_max_length=64)
-    tokenizer.save_pretrained(folder)
-    return len(tokenizer)
-
-
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    """The folder of a very small BERT with random weights; its dropout is on."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=save_tokenizer(folder),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
-    BertForSequenceClassification(config).save_pretrained(folder)
-    return folder
+    return save_bert(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
@@ -103,14 +63,6 @@ def arguments(model, dataset, tmp_path):
     options = {"--model": model, "--dataset": dataset, "--out": tmp_path / "out"}
     options |= {"--steps": STEPS, "--batch-size": 8, "--lr": 0.01}
     return [str(part) for option in options.items() for part in option]
-
-
-def report_in(folder):
-    return json.loads((folder / "out" / "report.json").read_text())
-
-
-def losses(report):
-    return [run["losses"] for run in report["runs"]]
 
 
 def test_report_table_and_picture_of_a_comparison(arguments, tmp_path, capsys):
@@ -302,8 +254,10 @@ def test_trained_model_is_left_for_from_pretrained(tuning, arguments, tmp_path):
     figures = trained.run()["runs"][1]["metrics"]["end"]
     again = finetune.parse_options([*arguments, "--model", str(tmp_path / "out" / "model")])
     again.out = tmp_path / "again"
-    (loaded,) = [comparison.Comparison(again)]
-    assert loaded._evaluate(loaded.start)["loss"] == pytest.approx(figures["loss"], rel=1e-4)
+    loaded = comparison.Comparison(again)
+    assert loaded._evaluate(loaded.start, loaded.task)["loss"] == pytest.approx(
+        figures["loss"], rel=1e-4
+    )
 
 
 def test_two_processes_compare_alike(arguments, tmp_path):

@@ -18,7 +18,15 @@ import numpy as np
 from torch import nn
 from transformers import Trainer, logging
 
-TASKS = ("topics",)
+TASKS = (
+    "topics",
+    "sentiment",
+    "ner",
+    "images",
+    "recommend",
+    "translation",
+    "dialogue",
+)
 
 
 class TaskError(Exception):
@@ -51,6 +59,8 @@ class Task(ABC):
     head_lr: float | None = None
 
     columns: tuple[str, ...]  # of a --dataset file
+    headline: str  # the key of `metrics`, and of the baseline among them, that says it in a number
+    continuable = True  # whether --continue-from can load what a run leaves in OUT/model
     loss_only = False  # whether held-out predictions are of no use, and too large to keep
     prompt_type: str | None = None  # peft's name of the kind of model, if it reads text
 
@@ -66,7 +76,12 @@ class Task(ABC):
 
     @staticmethod  # noqa: B027 - many have none to add
     def add_options(parser: argparse.ArgumentParser) -> None:
-        """Add what only this task understands; a `program` among it runs in place of training."""
+        """Add what only this task understands."""
+
+    @staticmethod
+    def program(options: argparse.Namespace) -> int | None:
+        """Do what the options ask for in place of training; None if they ask for no such thing."""
+        return None
 
     @abstractmethod
     def __init__(self, options: argparse.Namespace) -> None: ...
@@ -99,6 +114,18 @@ class Task(ABC):
 def find(name: str) -> type[Task]:
     """The task class of one of `TASKS`; importing it only now keeps tasks independent."""
     return importlib.import_module(f"{__name__}.{name}").TASK
+
+
+def head_labels(config: Any, found: set[str], options: argparse.Namespace) -> list[str]:
+    """The labels in the order of the model's head if it knows all of them, else of a new one."""
+    known = [config.id2label[number] for number in range(config.num_labels)]
+    unknown = sorted(found - set(known))
+    if unknown and options.continue_from is not None:
+        raise InputError(
+            f"--continue-from {options.continue_from}: label {unknown[0]!r} is unknown to its "
+            f"model, which knows {', '.join(known)}"
+        )
+    return sorted(found) if unknown else known
 
 
 def load(auto: Any, name: str, **kwargs: Any) -> Any:

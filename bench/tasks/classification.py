@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from . import InputError, Task, load
+from . import InputError, Task, head_labels, load
 from .fetch import Source
 from .files import read_rows
 from .options import number
@@ -38,6 +38,7 @@ class Classification(Task):
     """Examples of two classes or more; accuracy, and precision, recall and F1 of each class."""
 
     labels: list[str]
+    headline = "accuracy"
     majority: str  # the label most training examples have
 
     @staticmethod
@@ -120,8 +121,7 @@ class TextClassification(Classification):
         config = load(AutoConfig, self._weights)
         if config.dtype not in (None, torch.float32):
             self.model += f" (stored in {config.dtype})"
-        if set(self.labels) <= set(config.label2id):  # its head knows them, in this order
-            self.labels = [config.id2label[number] for number in range(config.num_labels)]
+        self.labels = head_labels(config, set(self.labels), options)
         self.processor = load(AutoTokenizer, self._weights)
         if self.processor.pad_token is None:  # decoder-only models have none
             self.processor.pad_token = self.processor.eos_token

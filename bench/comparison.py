@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import copy
 import importlib
 import json
@@ -12,7 +13,7 @@ import platform
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -216,6 +217,7 @@ class Comparison:
         torch.utils.deterministic.fill_uninitialized_memory = False
 
         self.options = options
+        self.started = time.time_ns()
         self.processes = PartialState(cpu=not torch.accelerator.is_available())
         self.contenders = contenders(options.optimizer, options.against)
         with self.processes.main_process_first():  # fetches what the others then find
@@ -244,7 +246,8 @@ class Comparison:
         self.head = set(head_modules(model))
         self.start = tuned(model, options.tuning, self.steps, self.task.prompt_type)
         self._arguments(self.out)  # raises what this device cannot do
-        if self.processes.is_main_process:
+        # A range test leaves what training has left there as it is.
+        if self.processes.is_main_process and not options.find_lr:
             self._prepare_checkpoints(options.resume)
         self.processes.wait_for_everyone()
 
@@ -445,9 +448,7 @@ class Comparison:
             if self.options.tuning == "adalora":
                 # After the clock: its arithmetic is not the optimizer's.
                 callbacks.append(AllocateRanks(model, checkpoint))
-            arguments = self._arguments(
-                self.checkpoints / role, report_to=self.options.report_to, run_name=role
-            )
+            arguments = self._arguments(self.checkpoints / role, report_to=self.options.report_to)
             trainer = self._trainer(
                 model,
                 contender.name,
@@ -455,11 +456,24 @@ class Comparison:
                 optimizer_cls_and_kwargs=self._optimizer(contender, model),
                 callbacks=callbacks,
             )
-            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+            with self._reporting(role):
+                trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
             self.processes.wait_for_everyone()
             state = trainer.state
         if converged(step_losses(state), window):
             self.last_step = state.global_step
+
+    @contextlib.contextmanager
+    def _reporting(self, role: str) -> Iterator[None]:
+        """Both blocks of a run are one run of wandb; Trainer would begin one for all four."""
+        if self.options.report_to != "wandb" or not self.processes.is_main_process:
+            yield
+            return
+        import wandb
+
+        name = f"{self.options.task}-{role}"
+        with wandb.init(name=name, id=f"{name}-{self.started:x}", resume="allow"):
+            yield
 
     def finished(self, role: str) -> tuple[nn.Module, list[dict[str, float]]]:
         """The trained model, and the log entry of every step."""
@@ -486,7 +500,7 @@ class Comparison:
             callbacks=[GrowingRate(rates)],
         )
         trainer.train()
-        losses = step_losses(trainer.state)
+        losses = [loss for loss in step_losses(trainer.state) if math.isfinite(loss)]
         return {"rates": rates[: len(losses)], "losses": losses}
 
     def _evaluate(self, model: nn.Module, task: Task) -> dict[str, Any]:

@@ -159,6 +159,7 @@ def compare(comparison: Comparison) -> int:
 def find_rate(comparison: Comparison) -> int:
     test = comparison.range_test()
     if comparison.processes.is_main_process:
+        comparison.out.mkdir(parents=True, exist_ok=True)
         (comparison.out / "lr.json").write_text(json.dumps(test, indent=2) + "\n")
         range_picture(test, comparison.out / "lr.png")
         rate = suggested_rate(test)

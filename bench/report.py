@@ -124,7 +124,10 @@ def smooth(values: Sequence[float], memory: float = 0.7) -> list[float]:
 
 
 def suggested_rate(test: dict[str, list[float]]) -> float | None:
-    """A tenth of the rate at which the smoothed loss was least (Smith, 2017); None if the first."""
+    """A tenth of the rate at which the smoothed loss was least, by a rule of thumb of practice.
+
+    None if the loss never fell below that of the first step.
+    """
     losses = smooth(test["losses"])
     least = losses.index(min(losses))
     return test["rates"][least] / 10 if least > 0 else None

@@ -241,6 +241,13 @@ def test_learning_rate_range_test(arguments, tmp_path, capsys):
     assert not (tmp_path / "out" / "report.json").exists()
 
 
+def test_range_test_leaves_what_training_left(arguments, tmp_path):
+    assert finetune.main(arguments) == 0
+    assert finetune.main([*arguments, "--find-lr"]) == 0
+    assert finetune.main([*arguments, "--resume"]) == 0
+    assert (tmp_path / "out" / "checkpoints" / "optimizer" / f"checkpoint-{STEPS}").is_dir()
+
+
 def test_losses_go_to_tensorboard(arguments, tmp_path):
     pytest.importorskip("tensorboard")
     assert finetune.main([*arguments, "--report-to", "tensorboard"]) == 0

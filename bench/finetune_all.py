@@ -51,23 +51,28 @@ def main() -> int:
 
     failed = []
     for name in options.names or RUNS:
-        command = [sys.executable, str(SCRIPT), *RUNS[name], "--out", str(options.runs / name)]
+        out = options.runs / name
+        shutil.rmtree(out, ignore_errors=True)  # of a run that fails, nothing older is shown
         print(f"== {name}", flush=True)
+        command = [sys.executable, str(SCRIPT), *RUNS[name], "--out", str(out)]
         if subprocess.run(command, check=False).returncode != 0:
             failed.append(name)
-
-    finished = {}
-    for name, arguments in RUNS.items():
-        out = options.runs / name
-        if name not in failed and (out / "report.json").is_file():
-            report = json.loads((out / "report.json").read_text())
-            finished[name] = (arguments, report, (out / "table.txt").read_text())
-            shutil.copy(out / "losses.png", RESULTS / f"finetune-{name}.png")
-    PAGE.write_text(page(finished))
+        write_page(options.runs)
     print(f"written: {PAGE}")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return bool(failed)
+
+
+def write_page(runs: Path) -> None:
+    finished = {}
+    for name, arguments in RUNS.items():
+        out = runs / name
+        if (out / "report.json").is_file():
+            report = json.loads((out / "report.json").read_text())
+            finished[name] = (arguments, report, (out / "table.txt").read_text("utf-8"))
+            shutil.copy(out / "losses.png", RESULTS / f"finetune-{name}.png")
+    PAGE.write_text(page(finished), encoding="utf-8")
 
 
 if __name__ == "__main__":

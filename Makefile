@@ -6,10 +6,10 @@ RUN := $(BIN)/python
 # OpenMP threads that spin while they wait slow each other down wherever tests share a machine.
 PATIENT := OMP_WAIT_POLICY=passive
 
-.PHONY: help install finetune test lint format bench gpu sanitize wheel clean
+.PHONY: help install finetune finetune-all test lint format bench gpu sanitize wheel clean
 
 help:  ## list the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/installed  ## make .venv and build fastopt in it
 
@@ -26,6 +26,9 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml setup.py CMakeLists.txt $(wildca
 
 finetune: install  ## fine-tune MiniLM on BBC news with torch's AdamW and with ours (ARGS=...)
 	$(RUN) bench/finetune.py $(ARGS)
+
+finetune-all: install  ## fine-tune every task, half an hour; a page of all in bench/results (ARGS=...)
+	$(RUN) bench/finetune_all.py $(ARGS)
 
 test: install  ## run the test suite (ARGS=...)
 	$(PATIENT) $(RUN) -m pytest $(ARGS)

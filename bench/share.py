@@ -14,7 +14,6 @@ import csv
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,11 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import machine
+from finetune import parse_options
 from rivals import CONTENDERS, OURS, REFERENCE
 from tasks import TaskError, find
 from tasks.fetch import default_cache
+from tuning import tuned
 
 COLUMNS = [
     *("tuning", "contender", "device", "tensors", "elements", "steps"),
@@ -34,18 +35,7 @@ COLUMNS = [
 ]
 
 
-def full(model: torch.nn.Module) -> torch.nn.Module:
-    return model
-
-
-def lora(model: torch.nn.Module) -> torch.nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=8, target_modules="all-linear", task_type="SEQ_CLS")
-    return get_peft_model(model, config)
-
-
-TUNINGS: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {"full": full, "lora": lora}
+TUNINGS = ("full", "lora")
 
 
 class Trained:
@@ -104,13 +94,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     try:
-        task = find("topics")(None, None, args.cache)
+        task = find("topics")(parse_options(["topics", "--cache", str(args.cache)]))
     except TaskError as error:
         print(f"share: {error}", file=sys.stderr)
         return error.exit_code
     runs = {
-        (tuning, contender): Trained(prepare(task.load_model()), contender, args.device)
-        for tuning, prepare in TUNINGS.items()
+        (tuning, contender): Trained(
+            tuned(task.load_model(), tuning, args.steps, None), contender, args.device
+        )
+        for tuning in TUNINGS
         for contender in (REFERENCE, OURS)
     }
     order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0)).tolist()

@@ -14,29 +14,24 @@ import torch
 from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertTokenizer,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-)
+from transformers import BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
+
+from tiny import WORDS, losses, report_in, rows, save_bert, save_tokenizer
 
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
+import comparison  # noqa: E402
 import finetune  # noqa: E402
 from tasks import InputError  # noqa: E402
-from tasks.classification import read_examples, split  # noqa: E402
+from tasks.classification import split  # noqa: E402
 from tasks.fetch import FetchError, Package, default_cache  # noqa: E402
-from tasks.topics import BBC_NEWS, MINILM  # noqa: E402
+from tasks.files import read_rows  # noqa: E402
+from tasks.models import MINILM  # noqa: E402
+from tasks.topics import BBC_NEWS  # noqa: E402
 
-WORDS = {
-    "metal": ["iron", "copper", "zinc", "smelter", "ore", "rust", "alloy", "ingot"],
-    "music": ["violin", "chord", "tenor", "sonata", "drum", "choir", "flute", "encore"],
-    "weather": ["rain", "cloud", "gale", "frost", "thunder", "sleet", "drizzle", "fog"],
-}
 STEPS = 6
+COLUMNS = ("text", "label")
 
 
 @pytest.fixture(autouse=True)
@@ -50,40 +45,9 @@ def _small_run():
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
-def rows(count=20):
-    """`count` different texts of each class, every one naming its class's words."""
-    return [
-        (f"{words[n % 8]} and {words[(3 * n + 1) % 8]} of {n}", label)
-        for label, words in WORDS.items()
-        for n in range(count)
-    ]
-
-
-def save_tokenizer(folder):
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "and", "of"]
-    vocabulary += [word for words in WORDS.values() for word in words] + list("0123456789")
-    vocabulary += [f"##{digit}" for digit in range(10)]
-    numbered = {token: number for number, token in enumerate(vocabulary)}
-    tokenizer = BertTokenizer(vocab=numbered, model_max_length=64)
-    tokenizer.save_pretrained(folder)
-    return len(tokenizer)
-
-
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    """The folder of a very small BERT with random weights; its dropout is on."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=save_tokenizer(folder),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
-    BertForSequenceClassification(config).save_pretrained(folder)
-    return folder
+    return save_bert(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
@@ -99,14 +63,6 @@ def arguments(model, dataset, tmp_path):
     options = {"--model": model, "--dataset": dataset, "--out": tmp_path / "out"}
     options |= {"--steps": STEPS, "--batch-size": 8, "--lr": 0.01}
     return [str(part) for option in options.items() for part in option]
-
-
-def report_in(folder):
-    return json.loads((folder / "out" / "report.json").read_text())
-
-
-def losses(report):
-    return [run["losses"] for run in report["runs"]]
 
 
 def test_report_table_and_picture_of_a_comparison(arguments, tmp_path, capsys):
@@ -176,25 +132,175 @@ def test_another_seed_is_another_path(arguments, tmp_path):
 
 def test_blocks_change_nothing(arguments):
     arguments += ["--steps", "15"]  # more than two epochs; the first block ends within the second
-    comparison = finetune.Comparison(finetune.parse_options(arguments))
-    in_blocks = comparison.run()["runs"][1]["losses"]
-    uninterrupted = finetune.Comparison(finetune.parse_options(arguments))
-    uninterrupted.train("optimizer", 15)
+    blocks = comparison.Comparison(finetune.parse_options(arguments))
+    in_blocks = blocks.run()["runs"][1]["losses"]
+    uninterrupted = comparison.Comparison(finetune.parse_options(arguments))
+    uninterrupted.train("optimizer", 15, leads=False)
     _, history = uninterrupted.finished("optimizer")
     assert [entry["loss"] for entry in history] == in_blocks
+
+
+TRAINED_TENSORS = {  # of 2 layers of 16 tensors, 5 of embeddings, 2 of the pooler, 2 of the head
+    "full": 41,
+    "head": 2,
+    "lora": 2 + 2 * (2 * 6 + 1),
+    "adalora": 2 + 3 * (2 * 6 + 1),
+    "adapter": 2 + 4 * 2 * 2,
+    "prompt": 2 + 1,
+}
+
+
+@pytest.mark.parametrize("tuning", TRAINED_TENSORS)
+def test_ways_of_tuning(tuning, arguments, tmp_path, capsys):
+    arguments += ["--tuning", tuning, "--steps", "30"]
+    assert finetune.main(arguments) == 0
+    report = report_in(tmp_path)
+    size, parity = report["parameters"], report["parity"]
+    assert size["trained_tensors"] == TRAINED_TENSORS[tuning]
+    assert (size["trained"] < size["total"] / 2) == (tuning != "full")
+    assert f"in {TRAINED_TENSORS[tuning]} tensors" in capsys.readouterr().out
+    assert parity["max_loss_diff"] < 1e-4
+    assert parity["max_param_diff"] < 1e-2 * parity["max_param_change"]
+    first, last = losses(report)[1][:5], losses(report)[1][-5:]
+    assert sum(last) < sum(first)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "adalora", "adapter", "prompt"])
+def test_blocks_change_nothing_in_what_is_added(tuning, arguments):
+    arguments += ["--tuning", tuning, "--steps", "15"]
+    blocks = comparison.Comparison(finetune.parse_options(arguments))
+    in_blocks = blocks.run()["runs"][1]["losses"]
+    uninterrupted = comparison.Comparison(finetune.parse_options(arguments))
+    uninterrupted.train("optimizer", 15, leads=False)
+    _, history = uninterrupted.finished("optimizer")
+    assert [entry["loss"] for entry in history] == in_blocks
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--precision", "bf16"],
+        ["--gradient-accumulation-steps", "3", "--batch-size", "4"],
+        ["--max-grad-norm", "0.01"],
+        ["--head-lr", "0.02"],
+        ["--few-shot", "2"],
+    ],
+)
+def test_ways_of_training_reach_both_runs(options, arguments, tmp_path):
+    assert finetune.main(arguments) == 0
+    plain = report_in(tmp_path)
+    assert finetune.main([*arguments, *options]) == 0
+    report = report_in(tmp_path)
+    assert all(a != b for a, b in zip(losses(report), losses(plain), strict=True))
+    assert report["parity"]["max_loss_diff"] < 1e-3
+
+
+def test_few_shot_trains_on_so_many_of_each_class(arguments, tmp_path, capsys):
+    assert finetune.main([*arguments, "--few-shot", "3"]) == 0
+    assert report_in(tmp_path)["examples"] == {"train": 9, "held_out": 12}
+    assert finetune.main([*arguments, "--few-shot", "17"]) == 2
+    assert "--few-shot 17: class 'metal' has 16 to train on" in capsys.readouterr().err
+
+
+def test_head_learns_at_its_own_rate(arguments):
+    still = [*arguments, "--lr", "0", "--head-lr", "0.01"]
+    trained = comparison.Comparison(finetune.parse_options(still))
+    trained.train("optimizer", STEPS, leads=False)
+    model, _ = trained.finished("optimizer")
+    moved = {
+        name.partition(".")[0]
+        for (name, before), after in zip(
+            trained.start.named_parameters(), model.parameters(), strict=True
+        )
+        if not torch.equal(before, after)
+    }
+    assert moved == {"classifier"}
+
+
+def test_both_stop_once_the_loss_has_converged(arguments, tmp_path):
+    # At a rate of 0, only dropout changes the loss: it has converged as soon as can be told.
+    assert finetune.main([*arguments, "--lr", "0", "--steps", "40", "--early-stop", "5"]) == 0
+    assert [len(run) for run in losses(report_in(tmp_path))] == [10, 10]
+
+
+def test_converged_is_what_hardly_falls():
+    assert comparison.converged([3.0, 3.0, 1.0, 1.1, 1.1, 1.0], 2)
+    assert not comparison.converged([1.0, 1.1, 1.0, 0.9], 2)
+    assert not comparison.converged([1.0] * 5, 3)
+    assert not comparison.converged([1.0] * 5, None)
+
+
+def test_learning_rate_range_test(arguments, tmp_path, capsys):
+    assert finetune.main([*arguments, "--steps", "40", "--find-lr"]) == 0
+    assert (tmp_path / "out" / "lr.png").read_bytes().startswith(b"\x89PNG")
+    test = json.loads((tmp_path / "out" / "lr.json").read_text())
+    assert len(test["rates"]) == len(test["losses"]) <= 40
+    assert test["rates"] == sorted(test["rates"])
+    suggestion = float(capsys.readouterr().out.split("suggested: --lr ")[1].split()[0])
+    assert 1e-5 < suggestion < 1e-1
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_range_test_leaves_what_training_left(arguments, tmp_path):
+    assert finetune.main(arguments) == 0
+    assert finetune.main([*arguments, "--find-lr"]) == 0
+    assert finetune.main([*arguments, "--resume"]) == 0
+    assert (tmp_path / "out" / "checkpoints" / "optimizer" / f"checkpoint-{STEPS}").is_dir()
+
+
+def test_losses_go_to_tensorboard(arguments, tmp_path):
+    pytest.importorskip("tensorboard")
+    assert finetune.main([*arguments, "--report-to", "tensorboard"]) == 0
+    for role in ("against", "optimizer"):
+        assert list((tmp_path / "out" / "checkpoints" / role).rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora", "adalora"])
+def test_trained_model_is_left_for_from_pretrained(tuning, arguments, tmp_path):
+    trained = comparison.Comparison(finetune.parse_options([*arguments, "--tuning", tuning]))
+    figures = trained.run()["runs"][1]["metrics"]["end"]
+    again = finetune.parse_options([*arguments, "--model", str(tmp_path / "out" / "model")])
+    again.out = tmp_path / "again"
+    loaded = comparison.Comparison(again)
+    assert loaded._evaluate(loaded.start, loaded.task)["loss"] == pytest.approx(
+        figures["loss"], rel=1e-4
+    )
+
+
+def test_two_processes_compare_alike(arguments, tmp_path):
+    assert finetune.main([*arguments, "--batch-size", "8"]) == 0
+    alone = report_in(tmp_path)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, BENCH / "finetune.py", *arguments, "--batch-size", "4"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trivial baseline") == 1  # one process speaks
+    report = report_in(tmp_path)
+    assert report["processes"] == 2
+    assert report["parity"]["max_loss_diff"] < 1e-4
+    starts = [each["runs"][1]["metrics"]["start"] for each in (report, alone)]
+    # A last batch that does not fill both processes is filled with repeated examples.
+    assert starts[0]["loss"] == pytest.approx(starts[1]["loss"], rel=0.02)
+    # The same examples a step; only dropout differs.
+    assert losses(report)[1] == pytest.approx(losses(alone)[1], rel=0.1)
 
 
 @pytest.fixture
 def steps_taken(monkeypatch):
     """The losses of all steps that were really trained, in order."""
     taken = []
-    training_step = finetune.Trainer.training_step
+    training_step = comparison.Trainer.training_step
 
     def counting(self, *args, **kwargs):
         taken.append(training_step(self, *args, **kwargs))
         return taken[-1]
 
-    monkeypatch.setattr(finetune.Trainer, "training_step", counting)
+    monkeypatch.setattr(comparison.Trainer, "training_step", counting)
     return taken
 
 
@@ -206,15 +312,15 @@ def test_interrupted_run_resumes_to_the_same_end(arguments, tmp_path, monkeypatc
     class Interrupted(Exception):
         pass
 
-    def interrupted(self, role, stop):
+    def interrupted(self, role, stop, leads):
         if stop == STEPS:
             raise Interrupted
-        train(self, role, stop)
+        train(self, role, stop, leads)
 
     steps_taken.clear()
-    train = finetune.Comparison.train
+    train = comparison.Comparison.train
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.Comparison, "train", interrupted)
+        patch.setattr(comparison.Comparison, "train", interrupted)
         with pytest.raises(Interrupted):
             finetune.main(arguments)
     assert len(steps_taken) == STEPS
@@ -241,13 +347,13 @@ def test_resume_refuses_other_options(arguments, capsys):
         ("texts.csv", b"text,label\n", "has no rows"),
         ("texts.csv", b"body,label\nrain,weather\n", "row 1 has no column 'text'"),
         ("texts.csv", b"text,label\nrain,weather\nlonely\n", "row 2 has no column 'label'"),
-        ("texts.csv", b"text,label\nrain,\n", "row 1 has an empty text or label"),
+        ("texts.csv", b"text,label\nrain,\n", "row 1 has an empty label"),
         ("texts.csv", b"text,label\nrain,weather\nfog,weather\n", "only one class, 'weather'"),
         ("texts.csv", b"text,label\nrain,weather\nfog,weather\nore,metal\n", "'metal' has one"),
         ("texts.csv", b"text,label\nna\xefve,metal\n", "is not UTF-8"),
         ("texts.csv", b'text,label\n"' + b"x" * 200_000 + b'",metal\n', "is malformed"),
         ("texts.jsonl", b'{"text": "rain", "label"', "is malformed"),
-        ("texts.jsonl", b'["rain", "weather"]\n', "expected objects with text and label"),
+        ("texts.jsonl", b'["rain", "weather"]\n', "expected objects with the columns"),
         ("texts.json", b'{"text": "rain", "label": "weather"}', "expected a list of objects"),
         ("texts.json", b"7", "expected a list"),
         ("texts.xlsx", b"PK", "expected a file ending in .csv, .tsv, .jsonl, .json"),
@@ -298,10 +404,10 @@ def test_number_out_of_range_is_a_usage_error(option, arguments):
 
 
 def test_options_reach_the_optimizers():
-    stock, ours = finetune.contenders("fastopt.SGD:momentum=0.9,backend='cpu'", None).values()
+    stock, ours = comparison.contenders("fastopt.SGD:momentum=0.9,backend='cpu'", None).values()
     assert stock.name == "torch.optim.SGD(momentum=0.9, fused=True)"
     assert ours.name == "fastopt.SGD(momentum=0.9, backend='cpu')"
-    loop = finetune.parse_optimizer("torch.optim.AdamW:fused=False,betas=(0.8, 0.9)")
+    loop = comparison.parse_optimizer("torch.optim.AdamW:fused=False,betas=(0.8, 0.9)")
     assert loop.kwargs == {"fused": False, "betas": (0.8, 0.9)}
 
 
@@ -340,13 +446,13 @@ def test_file_formats_hold_the_same_examples(tmp_path):
     for name, content in contents.items():
         path = tmp_path / name
         path.write_text(content, encoding="utf-8")
-        assert read_examples(str(path)) == examples, name
+        assert read_rows(str(path), COLUMNS) == examples, name
 
 
 def test_data_set_name_needs_the_datasets_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match="pip install datasets"):
-        read_examples("owner/name")
+        read_rows("owner/name", COLUMNS)
 
 
 def test_split_holds_out_a_fifth_of_each_class_and_no_text_twice():

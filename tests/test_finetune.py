@@ -561,10 +561,10 @@ def test_script_runs_by_its_path(tmp_path):
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (
-        2,
-        f"finetune: --dataset {missing}: No such file or directory\n",
-    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]  # libraries that are installed may have their say before
+    assert last == f"finetune: --dataset {missing}: No such file or directory"
 
 
 @pytest.mark.network

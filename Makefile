@@ -27,7 +27,7 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml setup.py CMakeLists.txt $(wildca
 finetune: install  ## fine-tune MiniLM on BBC news with torch's AdamW and with ours (ARGS=...)
 	$(RUN) bench/finetune.py $(ARGS)
 
-finetune-all: install  ## fine-tune every task, half an hour; a page of all in bench/results (ARGS=...)
+finetune-all: install  ## fine-tune every task; a page of all in bench/results (ARGS=...)
 	$(RUN) bench/finetune_all.py $(ARGS)
 
 test: install  ## run the test suite (ARGS=...)

@@ -4,7 +4,7 @@
     python bench/finetune_all.py ner-zh images-sgd
 
 Runs are named as in `RUNS`; a page of all runs that have finished so far, with their pictures, is
-written to bench/results. On two cores all of them take about half an hour.
+written to bench/results.
 """
 
 from __future__ import annotations

@@ -76,8 +76,8 @@ class Device:
 
     def launches(self) -> list[Launch]:
         """Since last asked."""
-        taken = (Launch * 10_000)()
-        return taken[: self.library.take_launches(taken, ctypes.c_int64(len(taken)))]
+        room = (Launch * 10_000)()
+        return room[: self.library.past_launches(room, ctypes.c_int64(len(room)))]
 
     def step(self, optimizer: torch.optim.Optimizer) -> Launches:
         self.launches()
@@ -91,7 +91,7 @@ class Device:
 @pytest.fixture(scope="session")
 def core_on_host():
     """A core whose CUDA kernels run on the CPU: the installed one where it is such a build."""
-    if hasattr(ctypes.CDLL(engine._C.__file__), "take_launches"):
+    if hasattr(ctypes.CDLL(engine._C.__file__), "past_launches"):
         return engine._C
     folder = ROOT / "build" / "cuda_on_host"
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade"]

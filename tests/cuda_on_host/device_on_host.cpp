@@ -32,7 +32,7 @@ unsigned launches_ever = 0;
 }  // namespace
 
 // The launches since the last call, at most so many; returns how many there were.
-extern "C" __attribute__((visibility("default"))) int64_t take_launches(Launch* to, int64_t room) {
+extern "C" __attribute__((visibility("default"))) int64_t past_launches(Launch* to, int64_t room) {
   const auto count = static_cast<int64_t>(launches.size());
   std::copy_n(launches.begin(), std::min(count, room), to);
   launches.clear();

@@ -273,6 +273,7 @@ class Comparison:
             "dataset": self.task.dataset,
             "headline": self.task.headline,
             "examples": {"train": len(self.task.train), "held_out": len(self.task.held_out)},
+            "held_out_for": "validation" if options.validate else "test",
             "continued_from": options.continue_from and str(options.continue_from),
             "replay": options.replay,
             "tuning": options.tuning,
@@ -376,7 +377,6 @@ class Comparison:
                 disable_tqdm=False,
                 label_names=["labels"],
                 remove_unused_columns=False,
-                prediction_loss_only=self.task.loss_only,
                 # Else Trainer multiplies the loss by the number of processes, for classifiers, too.
                 average_tokens_across_devices=False,
                 use_cpu=not torch.accelerator.is_available(),  # else it refuses bfloat16 there
@@ -395,6 +395,7 @@ class Comparison:
             data_collator=self.task.collate,
             train_dataset=self.task.train,
             processing_class=self.task.processor,
+            preprocess_logits_for_metrics=self.task.compact,
             **kwargs,
         )
         trainer.remove_callback(ProgressCallback)

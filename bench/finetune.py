@@ -98,6 +98,11 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
         "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="%(default)s"
     )
     parser.add_argument(
+        "--validate",
+        action="store_true",
+        help="hold out the validation part, not the test part: choose rates and steps by it",
+    )
+    parser.add_argument(
         "--early-stop",
         type=number(int, 1),
         metavar="N",

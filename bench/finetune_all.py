@@ -3,8 +3,8 @@
     python bench/finetune_all.py
     python bench/finetune_all.py ner-zh images-sgd
 
-Runs are named as in `RUNS`; a page of all runs that have finished so far, with their pictures, is
-written to bench/results.
+Runs are named as in `RUNS` and leave what they write in runs/NAME. A page of all runs that have
+finished so far, with their pictures, is written to bench/results.
 """
 
 from __future__ import annotations
@@ -14,28 +14,43 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from report import page
 
-SCRIPT = Path(__file__).with_name("finetune.py")
-RESULTS = Path(__file__).with_name("results")
+BENCH = Path(__file__).parent
+SCRIPT = BENCH / "finetune.py"
+RESULTS = BENCH / "results"
 PAGE = RESULTS / "finetune.md"
+OUT = Path("runs")
+# The network's gradients are long: at Trainer's norm of 1, SGD would hardly move.
+SGD = ("--lr", "0.01", "--max-grad-norm", "10")
 RUNS = {
     "topics": ["topics"],
     "topics-lora": ["topics", "--tuning", "lora", "--lr", "1e-3", "--steps", "40"],
     "sentiment": ["sentiment"],
+    "sentiment-editorials": [
+        *("sentiment", "--domain", "editorials", "--continue-from", str(OUT / "sentiment")),
+        *("--replay", "0.1", "--steps", "60"),
+    ],
     "sentiment-zh": ["sentiment", "--language", "zh"],
     "ner": ["ner"],
     "ner-zh": ["ner", "--language", "zh"],
     "images": ["images"],
-    "images-sgd": ["images", "--optimizer", "fastopt.SGD:momentum=0.9", "--lr", "0.05"],
+    "images-sgd": ["images", "--optimizer", "fastopt.SGD:momentum=0.9", *SGD],
     "images-resnet": ["images", "--network", "resnet", "--data", "digits"],
     "recommend": ["recommend"],
     "translation": ["translation"],
     "translation-es": ["translation", "--pair", "en-es", "--steps", "30"],
     "dialogue": ["dialogue"],
 }
+# What is then done with the models of two runs: the program, and the file it reads.
+PROGRAMS = {
+    "sentiment-editorials": (["sentiment", "--monitor", "-"], "headlines.jsonl"),
+    "dialogue": (["dialogue", "--chat"], "questions.txt"),
+}
+EXAMPLES = BENCH / "tasks" / "examples"
 
 
 def main() -> int:
@@ -43,35 +58,56 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)}")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder; %(default)s")
     options = parser.parse_args()
     unknown = set(options.names) - RUNS.keys()
     if unknown:
         parser.error(f"no run is called {', '.join(sorted(unknown))}")
 
-    failed = []
+    began, failed = time.perf_counter(), []
     for name in options.names or RUNS:
-        out = options.runs / name
-        shutil.rmtree(out, ignore_errors=True)  # of a run that fails, nothing older is shown
         print(f"== {name}", flush=True)
-        command = [sys.executable, str(SCRIPT), *RUNS[name], "--out", str(out)]
-        if subprocess.run(command, check=False).returncode != 0:
+        if not run(name):
             failed.append(name)
-        write_page(options.runs)
-    print(f"written: {PAGE}")
+        write_page()
+    print(f"written: {PAGE}, after {(time.perf_counter() - began) / 60:.0f} minutes")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return bool(failed)
 
 
-def write_page(runs: Path) -> None:
+def run(name: str) -> bool:
+    """Train, then use the model; whether all went well."""
+    out = OUT / name
+    shutil.rmtree(out, ignore_errors=True)  # of a run that fails, nothing older is shown
+    command = [sys.executable, str(SCRIPT)]
+    if subprocess.run([*command, *RUNS[name], "--out", out], check=False).returncode != 0:
+        return False
+    if name in PROGRAMS:
+        arguments, example = PROGRAMS[name]
+        with (EXAMPLES / example).open("rb") as given, transcript(name).open("wb") as said:
+            use = [*command, *arguments, "--out", out]
+            return subprocess.run(use, stdin=given, stdout=said, check=False).returncode == 0
+    return True
+
+
+def transcript(name: str) -> Path:
+    return OUT / name / "transcript.txt"
+
+
+def write_page() -> None:
     finished = {}
     for name, arguments in RUNS.items():
-        out = runs / name
-        if (out / "report.json").is_file():
-            report = json.loads((out / "report.json").read_text())
-            finished[name] = (arguments, report, (out / "table.txt").read_text("utf-8"))
-            shutil.copy(out / "losses.png", RESULTS / f"finetune-{name}.png")
+        out = OUT / name
+        if not (out / "report.json").is_file():
+            continue
+        report = json.loads((out / "report.json").read_text())
+        outputs = [(arguments, (out / "table.txt").read_text("utf-8"))]
+        if transcript(name).is_file():
+            program, example = PROGRAMS[name]
+            shown = [*program, "--out", str(out), "<", f"bench/tasks/examples/{example}"]
+            outputs.append((shown, transcript(name).read_text("utf-8")))
+        finished[name] = (report, outputs)
+        shutil.copy(out / "losses.png", RESULTS / f"finetune-{name}.png")
     PAGE.write_text(page(finished), encoding="utf-8")
 
 

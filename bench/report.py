@@ -30,7 +30,7 @@ def table(report: dict[str, Any], task: Task) -> str:
                 f"{run['losses'][0]:.4f} to {run['losses'][-1]:.4f}",
             ),
             ("held-out loss, start to end", f"{ends[0]['loss']:.4f} to {ends[1]['loss']:.4f}"),
-            *task.rows(ends[1]),
+            *task.rows(*ends),
             *forgetting(run, report["headline"]),
             ("whole step, ms: median (p20 to p80)", timing(run, "train_step_ms")),
             ("optimizer step, ms: median (p20 to p80)", timing(run, "optimizer_step_ms")),
@@ -55,17 +55,20 @@ def table(report: dict[str, Any], task: Task) -> str:
         f"{size['tensors']} tensors, on {report['dataset']}",
         f"trained: {report['tuning']}, {size['trained'] / 1e6:.3g} M parameters in "
         f"{size['trained_tensors']} tensors",
-        f"{examples['train']} examples to train on, {examples['held_out']} held out; "
+        f"{examples['train']} examples to train on, {examples['held_out']} held out for "
+        f"{report['held_out_for']}; "
         f"{len(report['runs'][0]['losses'])} steps of {batch(report)}, lr {report['lr']:g}, "
         f"seed {report['seed']}; {report['precision']} on {report['device']}",
     ]
+    ends, headline = report["runs"][-1]["metrics"], report["headline"]
+    reached, trivial = ends["end"][headline], ends["end"]["baseline"][headline]
     foot = [
+        f"{headline} {reached:.3f}, {reached - trivial:+.3f} over the trivial {trivial:.3f}",
         f"optimizer step, first column over second: {first / second:.2f}x",
         f"largest loss difference at any step: {parity['max_loss_diff']:.2e}",
         f"largest parameter difference at the end: {parity['max_param_diff']:.2e} "
         f"(training moved parameters by up to {parity['max_param_change']:.2e})",
     ]
-    ends = report["runs"][-1]["metrics"]
     rule = "-" * max(map(len, lines))
     notes = task.notes(ends["start"], ends["end"])
     return "\n".join([*head, rule, lines[0], rule, *lines[1:], rule, *foot, *notes])
@@ -151,8 +154,10 @@ PAGE_INTRODUCTION = """\
 # Fine-tuning, stock optimizer against ours
 
 Made by `make finetune-all`. In every row both optimizers start from the same weights with the same
-seed. The metric is that of `fastopt`'s run on held-out examples, beside what the trivial answer
-scores; the loss difference is the largest at any step between the two runs.
+seed. Loss and metric are those of `fastopt`'s run on examples that took no part in choosing rates
+or steps, the metric beside what the trivial answer scores; the loss difference is the largest
+between the two runs at any step. Where it is not zero it begins in the last elements of a tensor,
+which torch rounds in another way, and grows as far as the model lets it.
 
 | run | trained | steps | held-out loss | metric | trivial | loss difference | \
 optimizer, ms: torch | fastopt | share of the step |
@@ -160,10 +165,13 @@ optimizer, ms: torch | fastopt | share of the step |
 """
 
 
-def page(finished: dict[str, tuple[list[str], dict[str, Any], str]]) -> str:
-    """Markdown of finished runs by name: the arguments, report and table of each."""
+def page(finished: dict[str, tuple[dict[str, Any], list[tuple[list[str], str]]]]) -> str:
+    """Markdown of finished runs by name: the report of each, and what its commands printed.
+
+    A command is given as its arguments to bench/finetune.py; the first is the training.
+    """
     rows, sections = [], []
-    for name, (arguments, report, text) in finished.items():
+    for name, (report, outputs) in finished.items():
         first, second = report["runs"]
         start, end = (second["metrics"][when] for when in ("start", "end"))
         size, headline = report["parameters"], report["headline"]
@@ -179,8 +187,9 @@ def page(finished: dict[str, tuple[list[str], dict[str, Any], str]]) -> str:
             f"| {times[0]:.2f} | {times[1]:.2f} "
             f"| {times[1] / second['train_step_ms']['median']:.1%} |"
         )
-        sections.append(
-            f"\n## {name}\n\n`python bench/finetune.py {' '.join(arguments)}`\n\n"
-            f"![losses](finetune-{name}.png)\n\n```\n{text}```\n"
-        )
+        sections.append(f"\n## {name}\n\n![losses](finetune-{name}.png)\n")
+        sections += [
+            f"\n```\n$ python bench/finetune.py {' '.join(arguments)}\n{text}```\n"
+            for arguments, text in outputs
+        ]
     return PAGE_INTRODUCTION + "\n".join(rows) + "\n" + "".join(sections)

@@ -142,10 +142,10 @@ bool is_lazy(py::handle tensor, const DLTensor& t) {
 // Reads tensors as memory.
 class Reader {
  public:
-  // Throws NotOurs when there is no memory that a backend could use.
-  void read(const Member& member, py::handle tensor, DLTensor* out) {
+  // Throws NotOurs when there is no memory that a backend could use, or none like the parameter's.
+  void read(py::handle param, py::handle tensor, DLTensor* out) {
     if (!torch_.is_plain(tensor.ptr())) {
-      py::object plain = helper("fastopt.tensors", "memory")(member.param, tensor);
+      py::object plain = helper("fastopt.tensors", "memory")(param, tensor);
       if (py::isinstance<py::str>(plain)) throw NotOurs{text(plain)};
       tensor = plain;
       keep(std::move(plain));
@@ -160,11 +160,11 @@ class Reader {
   }
 
   void read_param_and_grad(const Member& member, DLTensor* p, DLTensor* g) {
-    read(member, member.param, p);
+    read(member.param, member.param, p);
     if (!is_supported(p->dtype)) {
       throw NotOurs{"no fastopt arithmetic for parameters of " + text(member.param.attr("dtype"))};
     }
-    read(member, member.grad, g);
+    read(member.param, member.grad, g);
   }
 
   // What must live as long as what was read.
@@ -369,7 +369,7 @@ class Step {
     }
     DLTensor tensor;
     const auto read = [&](const py::object& object) {
-      reader_.read({}, object, &tensor);
+      reader_.read(object, object, &tensor);
       reader_.keep(object);
     };
     read(value);
@@ -477,7 +477,7 @@ class Step {
                       "delete the parameter's state to start it anew");
     }
     try {
-      reader_.read(member, value, out);
+      reader_.read(member.param, value, out);
     } catch (const NotOurs& error) {
       throw std::invalid_argument("state '" + text(key) + "' cannot be read: " + error.reason +
                                   "; load a state_dict of this very model");
@@ -493,8 +493,11 @@ class Step {
 
   void run_on_cuda(const Table& table, const Scaling& scaling) const {
     const Scratch scratch(table.device, cuda::scratch_bytes(table));
+    void* const stream = torch_.stream(table.device);
+    // A launch waits where the device's queue is full: for other threads' work, perhaps.
+    const py::gil_scoped_release release;
     cuda::apply(rule_index_, table, groups_.data(), scaling.found_inf, scaling.grad_scale,
-                scratch.data(), torch_.stream(table.device));
+                scratch.data(), stream);
   }
 
   // Hands the table to Python as bytes, gradients' addresses apart: they alone change every step.

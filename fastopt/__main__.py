@@ -50,7 +50,7 @@ def self_test(device: str) -> dict[str, str | None]:
 
 def devices_to_test(backends: dict[str, str | None]) -> list[str]:
     """The CPU, and the accelerator where one of its backends is usable."""
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     usable = accelerator is not None and None in (backends["cuda"], backends["triton"])
     return ["cpu", accelerator.type] if accelerator is not None and usable else ["cpu"]
 

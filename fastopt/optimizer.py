@@ -28,7 +28,7 @@ _opaque_step = torch.compiler.disable(_C.step)  # type: ignore[no-untyped-call]
 
 
 def _why_not_triton() -> str | None:
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     devices = [accelerator] if accelerator is not None else []
     reasons = [triton.why_not(device) for device in [*devices, torch.device("cpu")]]
     return None if None in reasons else reasons[0]
@@ -44,7 +44,10 @@ _WHY_NOT: dict[str, Callable[[], str | None]] = {
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend by name, with None where it is usable here, else the reason why not."""
+    """Every backend by name, with None where it is usable here, else the reason why not.
+
+    Asks CUDA, which must not be used in processes forked afterwards.
+    """
     return {name: why_not() for name, why_not in _WHY_NOT.items()}
 
 

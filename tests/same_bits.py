@@ -11,7 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 import fastopt
-from cases import BFLOAT16, CHUNK, FLOAT16, FLOAT32, FLOAT64
+from cases import BFLOAT16, CASES, CHUNK, FLOAT16, FLOAT32, FLOAT64
 from helpers import (
     assert_equal,
     assert_same_bits,
@@ -19,6 +19,7 @@ from helpers import (
     make,
     parameters,
     snapshot,
+    train,
 )
 
 every_dtype = pytest.mark.parametrize("dtypes", [FLOAT32, FLOAT64, BFLOAT16, FLOAT16], ids=str)
@@ -54,6 +55,28 @@ def assert_steps_alike(*optimizers: Optimizer, steps: int = 2) -> None:
         for optimizer in optimizers:
             optimizer.step()
         assert_same_bits(*optimizers)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_same_bits_as_the_cpu_backend(case, backend):
+    tested, cpu = (
+        case.make_optimizer(case.parameters(), fastopt, backend=which) for which in (backend, "cpu")
+    )
+    # Triton's interpreter takes 10 ms for each of many slots.
+    steps = range(1 if case.layout == "many" else 2)
+    train(case, tested, steps)
+    train(case, cpu, steps)
+    assert_same_bits(tested, cpu)
+
+
+class Subclass(torch.Tensor):
+    """A tensor with memory of its own."""
+
+
+def test_option_of_a_tensor_subclass(backend):
+    params = [torch.randn(7)]
+    lr = torch.tensor(0.01).as_subclass(Subclass)
+    assert_steps_alike(*twins(backend, "AdamW", params, lr=lr, fused=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

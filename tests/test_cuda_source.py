@@ -26,8 +26,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastopt
-from cases import BFLOAT16, CASES, CHUNK, FLOAT16, FLOAT32, FLOAT64, unaligned
+from cases import BFLOAT16, CHUNK, FLOAT16, FLOAT32, FLOAT64, unaligned
 from fastopt import optimizer as engine
 from helpers import (
     assert_same_bits,
@@ -35,13 +34,14 @@ from helpers import (
     native_only,
     parameters,
     tensors_of,
-    train,
 )
 from same_bits import (  # noqa: F401 - the tests among them
     assert_steps_alike,
     set_gradients,
     test_found_inf_and_grad_scale_as_tensors,
+    test_option_of_a_tensor_subclass,
     test_run_continued_on_another_backend_continues_bit_identically,
+    test_same_bits_as_the_cpu_backend,
     test_step_counted_in_float64,
     test_tensor_options_of_every_dtype,
     twins,
@@ -117,20 +117,6 @@ def device(core_on_host, monkeypatch):
 @pytest.fixture
 def backend():
     return "cuda"
-
-
-# The table of cases.
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_same_bits_as_the_cpu_backend(case):
-    cuda, cpu = (
-        case.make_optimizer(case.parameters(), fastopt, backend=backend)
-        for backend in ("cuda", "cpu")
-    )
-    train(case, cuda, range(3))
-    train(case, cpu, range(3))
-    assert_same_bits(cuda, cpu)
 
 
 # Where elements lie.

@@ -349,7 +349,11 @@ def test_resume_refuses_other_options(arguments, capsys):
         ("texts.csv", b"text,label\nrain,weather\nlonely\n", "row 2 has no column 'label'"),
         ("texts.csv", b"text,label\nrain,\n", "row 1 has an empty label"),
         ("texts.csv", b"text,label\nrain,weather\nfog,weather\n", "only one class, 'weather'"),
-        ("texts.csv", b"text,label\nrain,weather\nfog,weather\nore,metal\n", "'metal' has one"),
+        (
+            "texts.csv",
+            b"text,label\nrain,weather\nfog,weather\nore,metal\n",
+            "'metal' has 1",
+        ),
         ("texts.csv", b"text,label\nna\xefve,metal\n", "is not UTF-8"),
         ("texts.csv", b'text,label\n"' + b"x" * 200_000 + b'",metal\n', "is malformed"),
         ("texts.jsonl", b'{"text": "rain", "label"', "is malformed"),
@@ -455,16 +459,29 @@ def test_data_set_name_needs_the_datasets_library(monkeypatch):
         read_rows("owner/name", COLUMNS)
 
 
-def test_split_holds_out_a_fifth_of_each_class_and_no_text_twice():
-    examples = rows(10) + rows(10)[:7] + [("rare", "rare"), ("rarer", "rare")]
-    train, held_out = split(examples)
-    assert len(train) + len(held_out) == len(set(examples))
+RARE = [("rare", "rare"), ("rarer", "rare"), ("rarest", "rare")]
+
+
+@pytest.mark.parametrize("validate", [False, True])
+def test_split_holds_out_a_fifth_of_each_class_and_no_text_twice(validate):
+    examples = rows(10) + rows(10)[:7] + RARE
+    train, held_out = split(examples, validate)
     assert not {text for text, _ in train} & {text for text, _ in held_out}
     labels = [label for _, label in held_out]
     assert {label: labels.count(label) for label in set(labels)} == dict.fromkeys(WORDS, 2) | {
         "rare": 1
     }
-    assert split(examples) == (train, held_out)
+    assert split(examples, validate) == (train, held_out)
+
+
+def test_validation_sees_nothing_of_the_test_part():
+    examples = rows(10) + RARE
+    rest, test = split(examples, False)
+    train, validation = split(examples, True)
+    assert not set(test) & {*train, *validation}
+    assert sorted(rest) == sorted([*train, *validation])
+    with pytest.raises(InputError, match=r"class 'rare' has 2 .* it takes 3"):
+        split(rows(10) + RARE[:2], True)
 
 
 @pytest.fixture

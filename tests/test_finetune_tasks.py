@@ -121,9 +121,7 @@ def test_task_learns_and_both_optimizers_take_one_path(task, arguments, tmp_path
         start, end = run["metrics"]["start"], run["metrics"]["end"]
         assert end["loss"] < start["loss"]
         headline = report["headline"]
-        # So small a chat model only begins to speak.
-        bar = start if headline == "chrf" else end["baseline"]
-        assert end[headline] >= bar[headline]
+        assert end[headline] > end["baseline"][headline]
     assert report["parity"]["max_loss_diff"] < 1e-3
     assert report["parity"]["max_param_diff"] < 0.1 * report["parity"]["max_param_change"]
     assert f"to {end['loss']:.4f}" in capsys.readouterr().out
@@ -209,7 +207,8 @@ def test_replies_are_all_that_is_learnt(arguments):
     (prompt, reply), example = task.train_pairs[0], task.train[0]
     learnt = [token for token in example["labels"] if token != -100]
     assert task.processor.decode(learnt) == f"{reply} </s>"
-    assert prompt in task.processor.decode(example["input_ids"])
+    words, _, _ = prompt.rpartition(" ")  # the number after them is no word of so small a model
+    assert words in task.processor.decode(example["input_ids"])
 
 
 def test_recommender_ranks_what_is_unseen(arguments, tmp_path, capsys):
@@ -334,20 +333,23 @@ def test_chat_says_where_its_answers_come_from(arguments, bert, tmp_path, capsys
     chat = ["dialogue", "--chat", "--near", "0.999", "--cache", str(cache)]
     assert finetune.main([*chat, "--dataset", words[2], "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("[stored, 1.00 near")
-    assert said[1] == "metal and iron"
-    assert said[2].startswith("[generated, only 0.")
-    assert len(said) == 4
+    assert said[0] == f"> {rows()[0][0]}"
+    assert said[1].startswith("[stored, 1.00 near")
+    assert said[2] == "metal and iron"
+    assert said[3] == "> drizzle drizzle tenor 77777"
+    assert said[4].startswith("[generated, only 0.")
+    assert len(said) == 6
 
 
 def test_page_shows_every_run(arguments, tmp_path):
     assert finetune.main(arguments("topics")) == 0
     table = (tmp_path / "out" / "table.txt").read_text()
-    text = reports.page({"a-run": (["topics", "--steps", "8"], report_in(tmp_path), table)})
+    outputs = [(["topics", "--steps", "8"], table), (["topics", "--more"], "said\n")]
+    text = reports.page({"a-run": (report_in(tmp_path), outputs)})
     assert "| [a-run](#a-run) " in text
-    assert "`python bench/finetune.py topics --steps 8`" in text
+    assert f"$ python bench/finetune.py topics --steps 8\n{table}" in text
+    assert "$ python bench/finetune.py topics --more\nsaid\n" in text
     assert "![losses](finetune-a-run.png)" in text
-    assert table in text
 
 
 @pytest.mark.parametrize(
@@ -357,8 +359,8 @@ def test_page_shows_every_run(arguments, tmp_path):
         ("ner", "rain\n", "line 1 has no tag"),
         ("ner", "rain O\nfog weather\n", "line 2: tag 'weather' is neither"),
         ("ner", "rain O\n\nfog O\n", "only one tag, 'O'"),
-        ("ner", "rain B-X\n", "one sentence"),
-        ("translation", "source,target\nrain,lluvia\n", "one pair"),
+        ("ner", "rain B-X\n", "the dataset has 1 different example; it takes 2 to hold some out"),
+        ("translation", "source,target\nrain,lluvia\n", "has 1 different example"),
         ("dialogue", "question,reply\nrain,fog\n", "row 1 has no column 'answer'"),
         ("recommend", "user,item,time,text\na,b,noon,c\n", "time 'noon' is not a number"),
         ("recommend", "user,item,time,text\na,b,1,c\n", "nothing to learn"),
@@ -420,7 +422,12 @@ def test_debian_package_without_apt_ends_with_a_sentence(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("source", "read", "count"),
     [
-        (sentiment.VADER, sentiment.english_reviews, 10_072),
+        (
+            sentiment.VADER,
+            lambda folder: sentiment.rated_texts(folder, "movieReviewSnippets"),
+            10_072,
+        ),
+        (sentiment.VADER, lambda folder: sentiment.rated_texts(folder, "tweets"), 3_432),
         (ner.TWEETS, lambda folder: ner.read_conll(str(folder / "ner.txt")), 2_394),
         (recommend.MOVIELENS, recommend.movielens, 100_000),
         (images.DIGITS, lambda folder: images.read_digits(folder / "mnist_5k.csv.gz"), 5_000),
@@ -428,7 +435,7 @@ def test_debian_package_without_apt_ends_with_a_sentence(tmp_path, monkeypatch):
         (
             dialogue.CHATTERBOT,
             lambda folder: dialogue.Dialogue.own_pairs(argparse.Namespace(cache=folder.parent))[1],
-            1_044,
+            1_015,
         ),
     ],
 )

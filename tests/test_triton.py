@@ -182,20 +182,25 @@ def stream(monkeypatch):
     stream = SimpleNamespace(stream_id=0, captures=False)
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: stream.captures)
-    monkeypatch.setattr(apply, "stage", lambda data, device: SimpleNamespace(data=data))
-    monkeypatch.setattr(apply, "send", lambda staging, device: SimpleNamespace(data=staging.data))
+    monkeypatch.setattr(apply, "pinned", lambda data, device: torch.empty(len(data) // 8).long())
+    monkeypatch.setattr(apply, "send", lambda staging, device: staging.clone())
     return stream
+
+
+DATA = (b"slots   ", b"grads   ", b"numbers ", b"layouts.layouts.")
 
 
 def a_table(place=0, device=CUDA):
     dtypes = (FLOAT32,) * 4
-    return Table(place, device, dtypes, FLOAT32, b"slots", b"grads", b"numbers", b"layouts", 1)
+    return Table(place, device, dtypes, FLOAT32, *DATA, 1)
 
 
 def are_new(copies, known):
-    return [copy.data for copy in copies] == [b"slots", b"grads", b"numbers", b"layouts"] and not (
-        {id(copy) for copy in copies} & {id(copy) for copy in known}
-    )
+    return hold_data(copies) and not {id(copy) for copy in copies} & {id(copy) for copy in known}
+
+
+def hold_data(tensors):
+    return [tensor.numpy().tobytes() for tensor in tensors] == list(DATA)
 
 
 def test_every_table_device_and_stream_has_its_own_copies(stream):
@@ -218,9 +223,23 @@ def test_a_graph_has_its_own_copies_and_keeps_what_they_are_from(stream):
         assert are_new(copies, known)
         known += copies
         assert len(cache["captured"]) == graph
-        assert [staging.data for staging in cache["captured"][-1]] == [c.data for c in copies]
+        assert hold_data(cache["captured"][-1])
     stream.captures = False
     assert list(map(id, apply.on_device(cache, a_table()))) == before
+
+
+def test_a_graph_pins_no_memory_of_its_own(stream, monkeypatch):
+    cache = {}
+    apply.on_device(cache, a_table())
+    spare = list(cache["spare", 0, CUDA])
+    stream.captures = True
+    with monkeypatch.context() as patched:
+        patched.setattr(apply, "pinned", None)
+        apply.on_device(cache, a_table())
+    assert list(map(id, cache["captured"][0])) == list(map(id, spare))
+    stream.captures = False
+    apply.on_device(cache, a_table())
+    assert not {id(one) for one in cache["spare", 0, CUDA]} & {id(one) for one in spare}
 
 
 # Compiled for sm_90, which needs no GPU.

@@ -17,13 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastopt
-from cases import BFLOAT16, CASES, FLOAT16, FLOAT32, FLOAT64, MIXED, state_names
-from helpers import ALL_STATES, assert_same_bits, native_only, parameters, train
+from cases import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, MIXED, state_names
+from helpers import ALL_STATES, assert_same_bits, native_only, parameters
 from same_bits import (  # noqa: F401 - the tests among them
     assert_steps_alike,
     set_gradients,
     test_found_inf_and_grad_scale_as_tensors,
+    test_option_of_a_tensor_subclass,
     test_run_continued_on_another_backend_continues_bit_identically,
+    test_same_bits_as_the_cpu_backend,
     test_step_counted_in_float64,
     test_tensor_options_of_every_dtype,
     twins,
@@ -42,19 +44,6 @@ def backend():
 
 
 # Any tensors.
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_same_bits_as_the_cpu_backend(case):
-    interpreted, native = (
-        case.make_optimizer(case.parameters(), fastopt, backend=backend)
-        for backend in ("triton", "cpu")
-    )
-    # Each of many slots is a program, which takes the interpreter 10 ms.
-    steps = range(1 if case.layout == "many" else 2)
-    train(case, interpreted, steps)
-    train(case, native, steps)
-    assert_same_bits(interpreted, native)
 
 
 @settings(max_examples=25)

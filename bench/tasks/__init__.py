@@ -47,8 +47,8 @@ class Task(ABC):
     Args:
         options: the command line. Every task reads `model` (folder or hub name of a Hugging Face
             model; None for the task's own), `dataset` (file or hub name; None for the task's
-            own), `cache` (where the task's own model and data are kept), and what its
-            `add_options` adds.
+            own), `cache` (where the task's own model and data are kept), `validate` (which part
+            of the data to hold out: tasks/split.py), and what its `add_options` adds.
     """
 
     # Defaults of --steps, --batch-size, --lr and --head-lr: enough to learn well past the
@@ -61,7 +61,6 @@ class Task(ABC):
     columns: tuple[str, ...]  # of a --dataset file
     headline: str  # the key of `metrics`, and of the baseline among them, that says it in a number
     continuable = True  # whether --continue-from can load what a run leaves in OUT/model
-    loss_only = False  # whether held-out predictions are of no use, and too large to keep
     prompt_type: str | None = None  # peft's name of the kind of model, if it reads text
 
     # What the constructor settles. `model` and `dataset` are the names the report prints.
@@ -102,9 +101,14 @@ class Task(ABC):
         """Of `evaluate`, what follows from predictions; the trivial baseline's among them."""
         raise NotImplementedError
 
+    @staticmethod
+    def compact(logits: Any, labels: Any) -> Any:
+        """What `metrics` needs of a batch's logits, where these are too large to keep."""
+        return logits
+
     @abstractmethod
-    def rows(self, metrics: dict[str, Any]) -> list[tuple[str, str]]:
-        """The same figures as (name, text) rows of the printed table."""
+    def rows(self, start: dict[str, Any], end: dict[str, Any]) -> list[tuple[str, str]]:
+        """(Name, text) rows of the printed table, from the figures before and after training."""
 
     def notes(self, start: dict[str, Any], end: dict[str, Any]) -> list[str]:
         """Lines below the table, from the figures before and after training."""

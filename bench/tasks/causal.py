@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import math
 import random
 from abc import abstractmethod
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import torch
 from sacrebleu import corpus_bleu, corpus_chrf
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 
 from . import InputError, Task, load
-from .classification import HELD_OUT_SHARE, SPLIT_SEED
 from .files import read_rows
 from .models import SMOLLM2
+from .split import SEED, divide, share_of
 
 Pair = tuple[str, str]  # prompt, reply
 
@@ -32,8 +32,7 @@ SHOWN = 4
 class Replies(Task):
     """A chat model that learns from (prompt, reply) pairs; the loss is on replies only."""
 
-    headline = "chrf"
-    loss_only = True
+    headline = "token_accuracy"
     prompt_type = "CAUSAL_LM"
     batch_size, lr = 8, 1e-4
     instruction: str  # the system's message to the model
@@ -51,7 +50,7 @@ class Replies(Task):
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.dataset, pairs = self.named_pairs(options)
-        self.train_pairs, self.held_out_pairs = split(pairs)
+        self.train_pairs, self.held_out_pairs = split(pairs, options.validate)
         self.model = options.model or SMOLLM2.name
         self._weights = options.model or str(SMOLLM2.fetch(options.cache))
         config = load(AutoConfig, self._weights)
@@ -89,23 +88,46 @@ class Replies(Task):
     def load_model(self) -> PreTrainedModel:
         return load(AutoModelForCausalLM, self._weights, dtype=torch.float32)
 
+    @staticmethod
+    def compact(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return logits.argmax(-1)
+
     def evaluate(self, trainer: Trainer) -> dict[str, Any]:
-        loss = trainer.evaluate(self.held_out)["eval_loss"]
+        figures = super().evaluate(trainer)
         pairs = self.held_out_pairs[:SAMPLES]
         prompts, wanted = zip(*pairs, strict=True)
         given = replies(trainer.model, self.processor, self.instruction, prompts)
         return {
-            "loss": loss,
+            **figures,
             **self._likeness(given, wanted),
             "baseline": {
-                "unigram_loss": self._unigram_loss(),
+                **figures["baseline"],
                 "reply": self.trivially,
                 **self._likeness([self.trivial(prompt) for prompt in prompts], wanted),
             },
             "samples": [
                 {"prompt": prompt, "wanted": right, "given": reply}
-                for (prompt, right), reply in zip(pairs[:SHOWN], given, strict=False)
+                for (prompt, right), reply in zip(pairs, given, strict=True)
             ],
+        }
+
+    def metrics(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+        known = labels[:, 1:] != IGNORED
+        wanted = labels[:, 1:][known]
+        chosen = predictions[:, -labels.shape[1] : -1][known]  # each foretells the next token
+        counts = Counter(token for each in self.train for token in reply_tokens(each))
+        commonest, _ = counts.most_common(1)[0]
+        smoothed = np.ones(len(self.processor))
+        for token, count in counts.items():
+            smoothed[token] += count
+        return {
+            "token_accuracy": float((chosen == wanted).mean()),
+            "baseline": {
+                "always": self.processor.decode([commonest]),
+                "token_accuracy": float((wanted == commonest).mean()),
+                # Of one who knows only how often each token comes in replies.
+                "unigram_loss": float(-np.log(smoothed[wanted] / smoothed.sum()).mean()),
+            },
         }
 
     def _likeness(self, given: list[str], wanted: tuple[str, ...]) -> dict[str, float]:
@@ -114,30 +136,33 @@ class Replies(Task):
             "bleu": corpus_bleu(given, [list(wanted)], tokenize=self.bleu_tokenizer).score,
         }
 
-    def _unigram_loss(self) -> float:
-        """The held-out loss of one who knows only how often each token comes in replies."""
-        counts = Counter(token for each in self.train for token in reply_tokens(each))
-        total = sum(counts.values()) + len(self.processor)
-        losses = [
-            math.log(total / (counts[token] + 1))
-            for each in self.held_out
-            for token in reply_tokens(each)
-        ]
-        return sum(losses) / len(losses)
-
-    def rows(self, metrics: dict[str, Any]) -> list[tuple[str, str]]:
-        baseline = metrics["baseline"]
-        return [
+    def rows(self, start: dict[str, Any], end: dict[str, Any]) -> list[tuple[str, str]]:
+        baseline = end["baseline"]
+        rows = [
             ("  trivial baseline: how common a token is", f"{baseline['unigram_loss']:.4f}"),
-            (f"chrF of {SAMPLES} held-out replies", f"{metrics['chrf']:.1f}"),
-            (f"  trivial baseline: {baseline['reply']}", f"{baseline['chrf']:.1f}"),
-            (f"BLEU of {SAMPLES} held-out replies", f"{metrics['bleu']:.1f}"),
-            (f"  trivial baseline: {baseline['reply']}", f"{baseline['bleu']:.1f}"),
+            (
+                "held-out tokens foretold, start to end",
+                f"{start['token_accuracy']:.3f} to {end['token_accuracy']:.3f}",
+            ),
+            (
+                f"  trivial baseline: always {baseline['always']}",
+                f"{baseline['token_accuracy']:.3f}",
+            ),
         ]
+        for name, key in (("chrF", "chrf"), ("BLEU", "bleu")):
+            rows += [
+                (
+                    f"{name} of {len(end['samples'])} held-out replies, start to end",
+                    f"{start[key]:.1f} to {end[key]:.1f}",
+                ),
+                (f"  trivial baseline: {baseline['reply']}", f"{baseline[key]:.1f}"),
+            ]
+        return rows
 
     def notes(self, start: dict[str, Any], end: dict[str, Any]) -> list[str]:
         lines = []
-        for before, after in zip(start["samples"], end["samples"], strict=True):
+        samples = list(zip(start["samples"], end["samples"], strict=True))
+        for before, after in samples[:SHOWN]:
             lines += [
                 f"> {one_line(before['prompt'])}",
                 f"  before: {one_line(before['given'])}",
@@ -155,14 +180,11 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
+def split(pairs: list[Pair], validate: bool) -> tuple[list[Pair], list[Pair]]:
     """Divide into train and held-out parts; a prompt is in one of them only."""
     unique = list(dict(pairs).items())
-    if len(unique) < 2:
-        raise InputError("the dataset has one pair; it takes two, to train on and to hold out")
-    random.Random(SPLIT_SEED).shuffle(unique)
-    count = max(1, min(HELD_OUT_AT_MOST, round(HELD_OUT_SHARE * len(unique))))
-    return unique[count:], unique[:count]
+    random.Random(SEED).shuffle(unique)
+    return divide(unique, share_of(len(unique), HELD_OUT_AT_MOST), validate)
 
 
 def chat_tokenizer(name: str) -> Any:

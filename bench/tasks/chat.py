@@ -55,11 +55,13 @@ class Known:
 
 
 def answers(lines: Iterable[str], known: Known, generate, near: float) -> Iterator[str]:
-    """For each question two lines: where the answer comes from, and the answer."""
+    """For each question where the answer comes from, and the answer."""
     for line in lines:
         question = line.strip()
         if not question:
             continue
+        if not sys.stdin.isatty():  # a transcript shows the questions, too
+            yield f"> {question}"
         cosine, (nearest, stored) = known.nearest(question)
         found = f"{cosine:.2f} near {one_line(nearest)!r}"
         if cosine >= near:

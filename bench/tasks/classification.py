@@ -24,14 +24,10 @@ from . import InputError, Task, head_labels, load
 from .fetch import Source
 from .files import read_rows
 from .options import number
+from .split import SEED, divide, share_of
 
 Input = TypeVar("Input")  # what is classified
 Example = tuple[str, str]  # text, label
-
-HELD_OUT_SHARE = 0.2
-HELD_OUT_AT_MOST = 1000  # examples: the rest is worth more in training than in the third digit
-# Not --seed: all seeds are judged on the same held-out texts and can be compared.
-SPLIT_SEED = 0
 
 
 class Classification(Task):
@@ -50,13 +46,13 @@ class Classification(Task):
             help="train on K examples of each class only",
         )
 
-    def divide(
-        self, examples: list[tuple[Input, str]], few_shot: int | None
+    def parts(
+        self, examples: list[tuple[Input, str]], options: argparse.Namespace
     ) -> tuple[list[tuple[Input, str]], list[tuple[Input, str]]]:
         """Settle labels and majority, and return what to train on and what to hold out."""
-        train, held_out = split(examples)
-        if few_shot is not None:
-            train = first_of_each_class(train, few_shot)
+        train, held_out = split(examples, options.validate)
+        if options.few_shot is not None:
+            train = first_of_each_class(train, options.few_shot)
         counts = Counter(label for _, label in train)
         self.labels = sorted(counts)
         self.majority = counts.most_common(1)[0][0]
@@ -82,10 +78,13 @@ class Classification(Task):
             "per_class": per_class,
         }
 
-    def rows(self, metrics: dict[str, Any]) -> list[tuple[str, str]]:
-        baseline = metrics["baseline"]
+    def rows(self, start: dict[str, Any], end: dict[str, Any]) -> list[tuple[str, str]]:
+        baseline = end["baseline"]
         return [
-            ("held-out accuracy", f"{metrics['accuracy']:.3f}"),
+            (
+                "held-out accuracy, start to end",
+                f"{start['accuracy']:.3f} to {end['accuracy']:.3f}",
+            ),
             (f"  trivial baseline: always {baseline['always']}", f"{baseline['accuracy']:.3f}"),
             ("held-out class (support)", "precision  recall      f1"),
         ] + [
@@ -93,7 +92,7 @@ class Classification(Task):
                 f"  {label} ({figures['support']})",
                 f"{figures['precision']:9.3f} {figures['recall']:7.3f} {figures['f1']:7.3f}",
             )
-            for label, figures in metrics["per_class"].items()
+            for label, figures in end["per_class"].items()
         ]
 
 
@@ -114,7 +113,7 @@ class TextClassification(Classification):
             self.dataset, examples = self.own_examples(options.cache)
         else:
             self.dataset, examples = options.dataset, read_rows(options.dataset, self.columns)
-        train, held_out = self.divide(examples, options.few_shot)
+        train, held_out = self.parts(examples, options)
 
         self.model = options.model or self.own_model.name
         self._weights = options.model or str(self.own_model.fetch(options.cache))
@@ -151,7 +150,7 @@ class TextClassification(Classification):
 
 
 def split(
-    examples: list[tuple[Input, str]],
+    examples: list[tuple[Input, str]], validate: bool
 ) -> tuple[list[tuple[Input, str]], list[tuple[Input, str]]]:
     """Divide into train and held-out parts, class by class; the same at every call.
 
@@ -165,19 +164,14 @@ def split(
         raise InputError(
             f"the dataset has only one class, {next(iter(by_label))!r}: nothing to learn"
         )
-    share = min(HELD_OUT_SHARE, HELD_OUT_AT_MOST / len(unique))
-    rng = random.Random(SPLIT_SEED)
+    rng = random.Random(SEED)
     train, held_out = [], []
     for label in sorted(by_label):
         rows = by_label[label]
-        if len(rows) < 2:
-            raise InputError(
-                f"class {label!r} has one example; it takes two, to train on and to hold out"
-            )
         rng.shuffle(rows)
-        count = max(1, round(len(rows) * share))
-        held_out += rows[:count]
-        train += rows[count:]
+        some, others = divide(rows, share_of(len(unique)), validate, f"class {label!r}")
+        train += some
+        held_out += others
     return train, held_out
 
 

@@ -1,8 +1,9 @@
 """Dialogue: SmolLM2-135M learns to answer customers, and a program that talks with them.
 
-Data: the English part of the PyPI package chatterbot-corpus (BSD-3), mostly technical support.
-Not run here: instruction sets such as Alpaca or Dolly. None ships in a package; bring pairs with
---dataset.
+Data: the English part of the PyPI package chatterbot-corpus (BSD-3): ten questions of technical
+support, and a thousand of trivia, feelings, computers and small talk.
+Not run here: real customer service, or instruction sets such as Alpaca or Dolly. None ships in a
+package; bring pairs with --dataset.
 
     python bench/finetune.py dialogue
     python bench/finetune.py dialogue --chat
@@ -64,8 +65,11 @@ class Dialogue(Replies):
         for path in sorted(CHATTERBOT.fetch(options.cache).glob("*.yml")):
             conversations = yaml.safe_load(path.read_text("utf-8"))["conversations"]
             for turns in conversations:
-                for question, answer in itertools.pairwise(turns):
-                    pairs.setdefault(str(question), str(answer))
+                if isinstance(turns, str):  # a question of trivia that swallowed its answer
+                    continue
+                for question, answer in itertools.pairwise(map(str, turns)):
+                    if question.strip() and answer.strip():  # some have nothing to say
+                        pairs.setdefault(question, answer)
         return f"English conversations ({CHATTERBOT.name})", list(pairs.items())
 
     def trivial(self, prompt: str) -> str:

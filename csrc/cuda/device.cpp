@@ -8,6 +8,8 @@
 namespace fastopt::cuda {
 namespace {
 
+constexpr int kLargeArguments = 12010;  // the first CUDA whose kernels take 32 kB of them
+
 int attribute(cudaDeviceAttr name, DLDevice device) {
   int value = 0;
   cudaDeviceGetAttribute(&value, name, device.device_id);
@@ -29,6 +31,9 @@ std::string why_not(DLDevice device) {
     return "there is no CUDA device, or its driver is too old for this build's CUDA";
   }
   if (error != cudaSuccess) return std::string("CUDA says: ") + cudaGetErrorString(error);
+  int driver = 0;
+  cudaDriverGetVersion(&driver);
+  if (driver < kLargeArguments) return "its driver is older than R530 (CUDA 12.1); update it";
   const int capability = 10 * major + attribute(cudaDevAttrComputeCapabilityMinor, device);
   // Machine code runs on later devices of its own generation, the newest's PTX on all to come.
   constexpr int kBuilt[] = {FASTOPT_CUDA_ARCHITECTURES};

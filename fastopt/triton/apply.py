@@ -95,11 +95,14 @@ def on_device(cache: dict[Any, Any], table: Table) -> list[Tensor]:
     them. A step on another stream sends them there, too.
     """
     data = (table.slots, table.grads, table.numbers, table.layouts)
+    spare: list[Tensor] = cache.setdefault(("spare", table.place, table.device), [])
     if table.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # Every replay copies them anew, so the pinned memory must live as long as the graph may: as
         # long as the optimizer, whose states it updates. The copies are the graph's own, nothing
         # for later steps; and what earlier steps sent may be gone when it is replayed.
-        staged = [stage(field, table.device) for field in data]
+        memory = spare or [pinned(field, table.device) for field in data]
+        staged = [stage(field, table.device, at) for field, at in zip(data, memory, strict=True)]
+        spare.clear()
         cache.setdefault("captured", []).append(staged)
         return [send(staging, table.device) for staging in staged]
     cpu = table.device.type == "cpu"
@@ -108,15 +111,26 @@ def on_device(cache: dict[Any, Any], table: Table) -> list[Tensor]:
     for i, field in enumerate(data):
         if i not in held or held[i][0] != field:
             held[i] = field, send(stage(field, table.device), table.device)
+    if table.device.type == "cuda" and not spare:
+        # For a graph to come: early versions of torch allocate no pinned memory during capture.
+        spare += [pinned(field, table.device) for field in data]
     return [held[i][1] for i in range(len(data))]
 
 
-def stage(data: bytes, device: torch.device) -> Tensor:
-    """Pinned memory to send from. Always new: torch reuses it, but not before it has been sent."""
-    words = len(data) // 8
-    staging = torch.empty(words, dtype=torch.int64, pin_memory=device.type != "cpu")
-    ctypes.memmove(staging.data_ptr(), data, len(data))
-    return staging
+def stage(data: bytes, device: torch.device, memory: Tensor | None = None) -> Tensor:
+    """The data in pinned memory to send from: what is given if it fits, which nobody may have used.
+
+    Else new: torch reuses it, but not before it has been sent.
+    """
+    if memory is None or memory.nbytes != len(data):
+        memory = pinned(data, device)
+    ctypes.memmove(memory.data_ptr(), data, len(data))
+    return memory
+
+
+def pinned(data: bytes, device: torch.device) -> Tensor:
+    """Memory for as much data; on the CPU it need not be pinned."""
+    return torch.empty(len(data) // 8, dtype=torch.int64, pin_memory=device.type != "cpu")
 
 
 def send(staging: Tensor, device: torch.device) -> Tensor:

@@ -16,7 +16,15 @@ from safetensors.torch import load_file
 pytest.importorskip("transformers")
 from transformers import BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
-from tiny import WORDS, losses, report_in, rows, save_bert, save_tokenizer
+from tiny import (  # noqa: F401 - the fixture among them
+    WORDS,
+    losses,
+    report_in,
+    rows,
+    save_bert,
+    save_tokenizer,
+    small_run,
+)
 
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
@@ -32,17 +40,6 @@ from tasks.topics import BBC_NEWS  # noqa: E402
 
 STEPS = 6
 COLUMNS = ("text", "label")
-
-
-@pytest.fixture(autouse=True)
-def _small_run():
-    """One thread, for tensors this small; and torch as it was afterwards."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 @pytest.fixture(scope="session")

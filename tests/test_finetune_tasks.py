@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -17,7 +16,15 @@ pytest.importorskip("seqeval")
 pytest.importorskip("sacrebleu")
 from PIL import Image
 
-from tiny import WORDS, losses, report_in, rows, save_bert, save_chat_model
+from tiny import (  # noqa: F401 - the fixture among them
+    WORDS,
+    losses,
+    report_in,
+    rows,
+    save_bert,
+    save_chat_model,
+    small_run,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
@@ -30,16 +37,6 @@ from tasks.monitor import Alarm, Window
 from tasks.snownlp import SNOWNLP
 
 STEPS = 8
-
-
-@pytest.fixture(autouse=True)
-def _small_run():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 @pytest.fixture(scope="session")

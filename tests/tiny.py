@@ -1,8 +1,12 @@
-"""Models small enough to train within a test, saved as `from_pretrained` wants them."""
+"""Models small enough to train within a test, saved as `from_pretrained` wants them.
+
+A module that trains them imports the fixture `small_run`, too.
+"""
 
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -23,6 +27,17 @@ TEMPLATE = (
     "{% for m in messages %}<s> {{ m.role }} {{ m.content }} </s> {% endfor %}"
     "{% if add_generation_prompt %}<s> assistant {% endif %}"
 )
+
+
+@pytest.fixture(autouse=True)
+def small_run():
+    """One thread, for tensors this small; and torch as it was afterwards."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def rows(count=20):

@@ -108,7 +108,7 @@ class Sentiment(TextClassification):
 
     @property
     def steps(self) -> int:
-        return 120 if self.language == "en" else 80
+        return 120 if self.language == "en" else 60
 
     batch_size, lr = 16, 1e-4
 

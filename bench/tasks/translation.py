@@ -39,7 +39,7 @@ LANGUAGES = {"en-zh": "Chinese", "en-es": "Spanish"}
 
 class Translation(Replies):
     columns = ("source", "target")
-    steps = 40
+    steps = 30
     trivially = "leaving it in English"
 
     @staticmethod

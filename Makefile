@@ -52,9 +52,10 @@ $(VENV)/rivals: $(VENV)/installed
 bench: $(VENV)/rivals  ## measure a step against its rivals, into bench/results (ARGS=...)
 	$(RUN) bench/run.py bench $(ARGS)
 
-# That machine's own Python has torch, the build's tools and the tests': no venv, no network.
+# That machine's own Python has torch, the build's tools and the tests': no venv, no network. A build
+# that would leave the kernels out fails.
 gpu:  ## on a machine with a GPU: build, test and measure (OUT=DIR CACHE=DIR)
-	PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON) bench/run.py gpu \
+	FASTOPT_CUDA=1 PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON) bench/run.py gpu \
 	  $(if $(OUT),--out "$(OUT)") $(if $(CACHE),--cache "$(CACHE)") $(ARGS)
 
 # Run from the folder of the sanitized build, which python -m puts before the installed one.

@@ -46,7 +46,7 @@ RUNS = {
     "translation-es": ["translation", "--pair", "en-es", "--steps", "24"],
     "dialogue": ["dialogue"],
 }
-# What is then done with the models of two runs: the program, and the file it reads.
+# What is then done with the models of two runs: the program, and the made-up lines it reads.
 PROGRAMS = {
     "sentiment-editorials": (["sentiment", "--monitor", "-"], "headlines.jsonl"),
     "dialogue": (["dialogue", "--chat"], "questions.txt"),

@@ -377,8 +377,6 @@ class Comparison:
                 disable_tqdm=False,
                 label_names=["labels"],
                 remove_unused_columns=False,
-                # Else Trainer multiplies the loss by the number of processes, for classifiers, too.
-                average_tokens_across_devices=False,
                 use_cpu=not torch.accelerator.is_available(),  # else it refuses bfloat16 there
                 dataloader_pin_memory=torch.accelerator.is_available(),
                 **kwargs,
@@ -398,6 +396,9 @@ class Comparison:
             preprocess_logits_for_metrics=self.task.compact,
             **kwargs,
         )
+        # Else Trainer adds up the losses of accumulated batches, and of processes, wherever a model
+        # takes the number of examples but does not heed it, as BERT does.
+        trainer.model_accepts_loss_kwargs = False
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress(title))
         return trainer

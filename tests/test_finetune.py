@@ -192,6 +192,14 @@ def test_ways_of_training_reach_both_runs(options, arguments, tmp_path):
     assert report["parity"]["max_loss_diff"] < 1e-3
 
 
+def test_accumulated_batches_are_one_batch(arguments, tmp_path):
+    assert finetune.main([*arguments, "--batch-size", "16"]) == 0
+    at_once = losses(report_in(tmp_path))[1]
+    accumulated = [*arguments, "--batch-size", "8", "--gradient-accumulation-steps", "2"]
+    assert finetune.main(accumulated) == 0
+    assert losses(report_in(tmp_path))[1] == pytest.approx(at_once, rel=0.1)  # but for dropout
+
+
 def test_few_shot_trains_on_so_many_of_each_class(arguments, tmp_path, capsys):
     assert finetune.main([*arguments, "--few-shot", "3"]) == 0
     assert report_in(tmp_path)["examples"] == {"train": 9, "held_out": 12}

@@ -6,39 +6,45 @@
 #include <algorithm>
 #include <limits>
 #include <optional>
+#include <set>
 
 #include "cpu/apply.h"
 #include "cuda/apply.h"
 #include "cuda/device.h"
+#include "overlap.h"
 #include "torch.h"
 
 namespace fastopt {
 namespace {
-
-// Why a step is torch's to make: thrown while nothing has been changed, returned to Python as text.
-struct NotOurs {
-  std::string reason;
-};
 
 // Smaller steps keep the GIL: taking it back from a busy thread can cost that thread's whole turn.
 constexpr int64_t kKeepGil = 8192;
 
 // Attribute and key names, interned once: what a step looks up by the thousand.
 struct Names {
+  struct Option {
+    PyObject* key;
+    bool in_pair;  // with the next one
+    bool flag;     // torch asks for its truth: None or any object will do
+  };
   PyObject* grad = PyUnicode_InternFromString("grad");
   PyObject* params = PyUnicode_InternFromString("params");
   PyObject* step = PyUnicode_InternFromString("step");
-  std::vector<std::vector<PyObject*>> options, states;  // of each rule
+  std::vector<std::vector<Option>> options;  // of each rule
+  std::vector<std::vector<PyObject*>> states;
 
   Names() {
-    const auto intern = [](const std::vector<const char*>& texts) {
-      std::vector<PyObject*> interned;
-      for (const char* text : texts) interned.push_back(PyUnicode_InternFromString(text));
-      return interned;
-    };
+    const std::set<std::string> flags = {"amsgrad", "centered", "decoupled_weight_decay",
+                                         "maximize", "nesterov"};
     for (const RuleInfo& rule : rules()) {
-      options.push_back(intern(rule.options));
-      states.push_back(intern(rule.states));
+      std::vector<Option>& known = options.emplace_back();
+      for (const char* name : rule.options) {
+        PyObject* const key = PyUnicode_InternFromString(name);
+        if (!known.empty()) known.back().in_pair = known.back().key == key;
+        known.push_back({key, false, flags.count(name) > 0});
+      }
+      std::vector<PyObject*>& keys = states.emplace_back();
+      for (const char* name : rule.states) keys.push_back(PyUnicode_InternFromString(name));
     }
   }
 };
@@ -64,62 +70,70 @@ bool same(DLDevice a, DLDevice b) {
   return a.device_type == b.device_type && a.device_id == b.device_id;
 }
 
-py::object torch_device(DLDevice device) {
-  const char* type = device.device_type == kDLCPU      ? "cpu"
-                     : device.device_type == kDLOneAPI ? "xpu"
-                                                       : "cuda";
-  return helper("torch", "device")(type, device.device_id);
-}
-
 enum class Backend { kCpu, kCuda, kTriton };
 
-// Which backend steps the tensors of a device: the one asked for by name, else the first that can.
-class Backends {
+// The devices that a step has met, each with the backend that steps its tensors: the one asked for
+// by name, else the first that can.
+class Devices {
  public:
-  explicit Backends(const std::optional<std::string>& name) : name_(name) {}
+  explicit Devices(const std::optional<std::string>& backend) : name_(backend) {}
 
-  // Throws NotOurs where there is none.
-  Backend of(DLDevice device) {
-    for (const auto& [known, backend] : chosen_) {
-      if (same(known, device)) return backend;
+  // To be called with a tensor of each device first. Throws NotOurs where no backend can step it.
+  void meet(DLDevice device, py::handle tensor) {
+    for (const Known& known : known_) {
+      if (same(known.device, device)) return;
     }
-    chosen_.emplace_back(device, choose(device));
-    return chosen_.back().second;
+    const py::object torch_device = tensor.attr("device");  // DLPack's names are not torch's
+    known_.push_back({device, torch_device, choose(device, torch_device)});
   }
 
+  Backend backend_of(DLDevice device) const { return find(device).backend; }
+  const py::object& torch_device(DLDevice device) const { return find(device).torch_device; }
+
  private:
+  struct Known {
+    DLDevice device;
+    py::object torch_device;
+    Backend backend;
+  };
   struct Candidate {
     const char* name;
     Backend backend;
-    std::string (*why_not)(DLDevice);
+    std::string (*why_not)(DLDevice, const py::object& torch_device);
   };
   static constexpr Candidate kCandidates[] = {
       {"cpu", Backend::kCpu,
-       [](DLDevice device) -> std::string {
+       [](DLDevice device, const py::object&) -> std::string {
          return device.device_type == kDLCPU ? "" : "it takes CPU tensors only";
        }},
-      {"cuda", Backend::kCuda, cuda::why_not},
+      {"cuda", Backend::kCuda,
+       [](DLDevice device, const py::object&) { return cuda::why_not(device); }},
       {"triton", Backend::kTriton,
-       [](DLDevice device) {
-         const py::object reason = helper("fastopt.triton", "why_not")(torch_device(device));
+       [](DLDevice, const py::object& torch_device) {
+         const py::object reason = helper("fastopt.triton", "why_not")(torch_device);
          return reason.is_none() ? std::string() : text(reason);
        }},
   };
 
-  Backend choose(DLDevice device) const {
+  const Known& find(DLDevice device) const {
+    return *std::find_if(known_.begin(), known_.end(),
+                         [&](const Known& known) { return same(known.device, device); });
+  }
+
+  Backend choose(DLDevice device, const py::object& torch_device) const {
     std::string reasons;
     for (const Candidate& candidate : kCandidates) {
       if (name_ && *name_ != candidate.name) continue;
-      const std::string reason = candidate.why_not(device);
+      const std::string reason = candidate.why_not(device, torch_device);
       if (reason.empty()) return candidate.backend;
       reasons += (reasons.empty() ? "" : "; ") + std::string(candidate.name) + ": " + reason;
     }
-    throw NotOurs{"no fastopt backend for parameters on " + text(torch_device(device)) + " (" +
-                  reasons + ")"};
+    throw NotOurs{"no fastopt backend for parameters on " + text(torch_device) + " (" + reasons +
+                  ")"};
   }
 
   std::optional<std::string> name_;
-  std::vector<std::pair<DLDevice, Backend>> chosen_;
+  std::vector<Known> known_;
 };
 
 // A parameter that takes part in a step, with all that belongs to it. The references keep memory
@@ -127,44 +141,50 @@ class Backends {
 struct Member {
   int group, index;  // its place in param_groups
   py::object param, grad, state[kMaxStates], step;
-  bool fresh = false;  // it has no states yet
-  bool keeps =
-      false;  // its states here are not those in the optimizer: made or moved for this step
+  bool fresh = false;   // it has no states yet
+  bool keeps = false;   // its states here are not those in the optimizer: made anew for this step
+  bool copied = false;  // not its gradient is stepped with, but a copy that memory shows as it is
+  bool stepped = false;
 };
-
-// Conjugation or negation is pending: a flag on a view, which DLPack does not pass on. A real
-// tensor has it only as .imag of a conjugate, whose last stride is 2.
-bool is_lazy(py::handle tensor, const DLTensor& t) {
-  if (t.dtype.code != kDLComplex && t.ndim > 0 && t.strides[t.ndim - 1] == 1) return false;
-  return tensor.attr("is_conj")().cast<bool>() || tensor.attr("is_neg")().cast<bool>();
-}
 
 // Reads tensors as memory.
 class Reader {
  public:
-  // Throws NotOurs when there is no memory that a backend could use, or none like the parameter's.
-  void read(py::handle param, py::handle tensor, DLTensor* out) {
+  // Returns the tensor whose memory it is. Throws NotOurs when there is none that a backend could
+  // use, or none like the parameter's; std::invalid_argument, which calls it `name`, when it has
+  // been freed.
+  py::handle read(py::handle param, py::handle tensor, const char* name, DLTensor* out) {
     if (!torch_.is_plain(tensor.ptr())) {
-      py::object plain = helper("fastopt.tensors", "memory")(param, tensor);
-      if (py::isinstance<py::str>(plain)) throw NotOurs{text(plain)};
-      tensor = plain;
-      keep(std::move(plain));
+      keep(helper("fastopt.tensors", "memory")(param, tensor));
+      tensor = kept_.back();
+      if (py::isinstance<py::str>(tensor)) throw NotOurs{text(tensor)};
     }
     if (!torch_.read(tensor, out)) {
       throw NotOurs{"a tensor has layout " + text(tensor.attr("layout")) + " on device " +
                     text(tensor.attr("device"))};
     }
-    if (!out->data && tensor.attr("numel")().cast<int64_t>() != 0) {
-      throw NotOurs{"a tensor has no memory"};
+    // Asked of the storage: a view into a freed one lies at its offset from null.
+    if (torch_.is_freed(tensor) && numel_of(*out) != 0) {
+      throw std::invalid_argument(
+          std::string(name) +
+          " has elements but no memory: its storage has been freed, as FSDP does between uses; "
+          "gather it before the step, or set the parameter's grad to None");
     }
+    return tensor;
   }
 
-  void read_param_and_grad(const Member& member, DLTensor* p, DLTensor* g) {
-    read(member.param, member.param, p);
-    if (!is_supported(p->dtype)) {
-      throw NotOurs{"no fastopt arithmetic for parameters of " + text(member.param.attr("dtype"))};
+  // Of the gradient's own memory, or else of a copy that goes with the parameter.
+  void read_grad(Member& member, const DLTensor& param, DLTensor* out) {
+    if (torch_.is_plain(member.grad.ptr())) {
+      read(member.param, member.grad, "grad", out);
+      if (!torch_.is_lazy(member.grad) && in_double(*out) == in_double(param)) return;
     }
-    read(member.param, member.grad, g);
+    const py::object found = helper("fastopt.tensors", "gradient")(member.param, member.grad);
+    if (py::isinstance<py::str>(found)) throw NotOurs{text(found)};
+    const py::object tensor = found[py::int_(0)];
+    member.copied = found[py::int_(1)].cast<bool>();
+    keep(tensor);
+    read(member.param, tensor, "grad", out);
   }
 
   // What must live as long as what was read.
@@ -183,18 +203,28 @@ PyObject* grad_of(PyObject* param) {
   return Py_TYPE(property)->tp_descr_get(property, param, nullptr);
 }
 
+// A tuple of an iterable's items: theirs to keep while other code may change what they came from.
+py::tuple items_of(py::handle iterable) {
+  auto items = py::reinterpret_steal<py::tuple>(PySequence_Tuple(iterable.ptr()));
+  if (!items) throw py::error_already_set();
+  return items;
+}
+
 // Appends the parameters of a group that have a gradient.
 void collect(py::handle param_group, int group, std::vector<Member>& members) {
-  const py::list params = param_group[py::handle(names().params)];
+  const py::tuple params = items_of(param_group[py::handle(names().params)]);
   members.reserve(members.size() + params.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    PyObject* param = PyList_GET_ITEM(params.ptr(), i);
+    PyObject* param = PyTuple_GET_ITEM(params.ptr(), i);
     if (i + 4 < params.size()) {
-      torch().prefetch(PyList_GET_ITEM(params.ptr(), i + 4), Ahead::kTensor);
+      torch().prefetch(PyTuple_GET_ITEM(params.ptr(), i + 4), Ahead::kTensor);
     }
     auto grad = py::reinterpret_steal<py::object>(grad_of(param));
     if (!grad) throw py::error_already_set();
     if (grad.is_none()) continue;
+    if (!torch().is_tensor(param) || !torch().is_tensor(grad)) {
+      throw NotOurs{"a parameter or gradient is no tensor"};
+    }
     Member& member = members.emplace_back();
     member.group = group;
     member.index = static_cast<int>(i);
@@ -203,7 +233,7 @@ void collect(py::handle param_group, int group, std::vector<Member>& members) {
   }
 }
 
-// torch only warns of a parameter given twice and steps it twice; threads must not do so at once.
+// torch only warns of a parameter given twice and steps it twice, SGD's first time by two buffers.
 bool has_duplicates(const std::vector<Member>& members) {
   int bits = 4;
   while ((size_t{1} << bits) < 2 * members.size()) ++bits;
@@ -228,31 +258,83 @@ std::string param_name(py::handle param_group, const Member& member) {
   return "parameter " + std::to_string(member.index) + " of group " + std::to_string(member.group);
 }
 
-// optimizer.state[param], or nullptr. torch hashes a tensor by its address, through a Python
-// call; looking that hash up directly finds the same entry faster, and what it misses is asked
-// for in full.
-PyObject* find_state(PyObject* state, PyObject* param) {
-  PyObject* found = _PyDict_GetItem_KnownHash(
-      state, param, static_cast<Py_hash_t>(reinterpret_cast<uintptr_t>(param)));
-  if (!found && !PyErr_Occurred()) found = PyDict_GetItemWithError(state, param);
-  if (PyErr_Occurred()) throw py::error_already_set();
-  return found;
+// Whether a mapping is one of Python's own, without methods of its own: its items may be reached
+// directly.
+bool is_dict(py::handle mapping) {
+  static PyObject* const default_dict =
+      PyObject_GetAttrString(py::module_::import("collections").ptr(), "defaultdict");
+  const auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(mapping.ptr()));
+  return PyDict_CheckExact(mapping.ptr()) || type == default_dict;
 }
 
-// A param group's values in the order of its rule's Options, betas being two.
-std::vector<py::object> read_options(int rule, py::handle param_group) {
-  std::vector<py::object> values;
-  for (PyObject* key : names().options[rule]) {
-    const py::object value = param_group[py::handle(key)];
-    if (py::isinstance<py::tuple>(value) || py::isinstance<py::list>(value)) {
-      for (const py::handle item : value)
-        values.push_back(py::reinterpret_borrow<py::object>(item));
-    } else {
-      values.push_back(value);
-    }
+// mapping[key], or null where there is none.
+py::object find(py::handle mapping, py::handle key) {
+  if (!is_dict(mapping)) return mapping.contains(key) ? mapping[key] : py::object();
+  PyObject* const found = PyDict_GetItemWithError(mapping.ptr(), key.ptr());
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return py::reinterpret_borrow<py::object>(found);
+}
+
+// torch hashes a tensor by its address, through a Python call.
+Py_hash_t hash_of(py::handle tensor) {
+  return static_cast<Py_hash_t>(reinterpret_cast<uintptr_t>(tensor.ptr()));
+}
+
+// optimizer.state[param], or null. Looking the hash up directly finds the same entry faster, and
+// what it misses is asked for in full.
+py::object find_entry(py::handle state, py::handle param) {
+  if (is_dict(state)) {
+    PyObject* const found = _PyDict_GetItem_KnownHash(state.ptr(), param.ptr(), hash_of(param));
+    if (found) return py::reinterpret_borrow<py::object>(found);
+    if (PyErr_Occurred()) throw py::error_already_set();
   }
-  if (static_cast<int>(values.size()) != rules()[rule].option_values) {
-    throw py::value_error("a param group's options do not have one value each, betas two");
+  return find(state, param);
+}
+
+// An option's value as a Python float, or the tensor that holds it.
+py::object read_option(const Names::Option& option, const py::object& value) {
+  if (PyFloat_CheckExact(value.ptr())) return value;
+  if (torch().is_tensor(value)) {
+    if (value.attr("numel")().cast<int64_t>() == 1 && !value.attr("is_complex")().cast<bool>()) {
+      return value;
+    }
+    throw std::invalid_argument("it is a tensor of another kind than one real number");
+  }
+  if (!option.flag) return py::float_(number(value));
+  const int truth = PyObject_IsTrue(value.ptr());
+  if (truth < 0) throw py::error_already_set();
+  return py::float_(truth != 0 ? 1.0 : 0.0);
+}
+
+// A param group's values in the order of its rule's Options.
+std::vector<py::object> read_options(int rule, py::handle param_group, int group) {
+  const std::vector<Names::Option>& options = names().options[rule];
+  std::vector<py::object> values;
+  const auto read = [&](const Names::Option& option, const py::object& value) {
+    if (!option.in_pair) return values.push_back(read_option(option, value));
+    const py::tuple pair = items_of(value);
+    if (pair.size() != 2) throw std::invalid_argument("it is not a pair");
+    for (const py::handle item : pair) {
+      values.push_back(read_option(option, py::reinterpret_borrow<py::object>(item)));
+    }
+  };
+  while (values.size() < options.size()) {
+    const Names::Option& option = options[values.size()];
+    const py::object value = param_group[py::handle(option.key)];
+    const auto message = [&](const std::string& why) {
+      return "option " + text(py::repr(option.key)) + " of group " + std::to_string(group) +
+             " cannot be " + text(py::repr(value)) + ": " + why + "; give " +
+             (option.in_pair ? "two numbers" : "a number");
+    };
+    try {
+      read(option, value);
+    } catch (const std::invalid_argument& error) {
+      throw py::value_error(message(error.what()));
+    } catch (py::error_already_set& error) {
+      if (!error.matches(PyExc_Exception)) throw;  // an interrupt
+      py::raise_from(error, PyExc_ValueError, message(text(error.value())).c_str());
+      throw py::error_already_set();
+    }
   }
   return values;
 }
@@ -260,24 +342,25 @@ std::vector<py::object> read_options(int rule, py::handle param_group) {
 // One step() being prepared: tables filled, new states made but not yet in the optimizer.
 class Step {
  public:
-  Step(const std::string& rule, py::dict state, py::object grad_scale, py::object found_inf,
+  Step(const std::string& rule, py::object state, py::object grad_scale, py::object found_inf,
        const std::optional<std::string>& backend)
       : rule_index_(find_rule(rule)),
         rule_(rules()[rule_index_]),
         state_(std::move(state)),
         grad_scale_(std::move(grad_scale)),
         found_inf_(std::move(found_inf)),
-        backends_(backend) {
+        devices_(backend) {
     if (grad_scale_.is_none()) grad_scale_ = py::float_(1.0);
     if (found_inf_.is_none()) found_inf_ = py::float_(0.0);
     rescale_ = !on_host(grad_scale_) || number(grad_scale_) != 1;
   }
 
   // Throws NotOurs, or ValueError naming the parameter; either way nothing has been changed.
-  void prepare(const py::list& param_groups) {
+  void prepare(const py::object& groups, int threads) {
+    const py::tuple param_groups = items_of(groups);
     for (const py::handle param_group : param_groups) {
       const auto group = static_cast<int>(options_.size());
-      options_.push_back(read_options(rule_index_, param_group));
+      options_.push_back(read_options(rule_index_, param_group, group));
       states_.push_back(states_of(options_.back()));
       collect(param_group, group, members_);
     }
@@ -287,11 +370,14 @@ class Step {
       if (i + 4 < members_.size()) prefetch_all(members_[i + 4], Ahead::kTensor);
       if (i + 2 < members_.size()) prefetch_all(members_[i + 2], Ahead::kStorage);
       try {
-        add(members_[i]);
+        add(static_cast<int>(i));
       } catch (const std::invalid_argument& error) {
         throw py::value_error(param_name(param_groups[members_[i].group], members_[i]) + ": " +
                               error.what());
       }
+    }
+    if (!in_slots_order(threads)) {
+      tables_ = in_turn(std::move(tables_), rule_.counts_steps, rescale_);
     }
     for (const Table& table : tables_) {
       scaling_.push_back(
@@ -313,25 +399,19 @@ class Step {
 
   // All checks are done: from here on nothing fails but a device.
   void run(int threads, const py::function& launch_triton) {
-    for (const Member& member : members_) {
-      if (member.keeps) keep_states(member);
-    }
-    for (size_t i = 0; i < tables_.size(); ++i) {
-      switch (backend_of(tables_[i])) {
-        case Backend::kCpu: run_on_cpu(tables_[i], scaling_[i], threads); break;
-        case Backend::kCuda: run_on_cuda(tables_[i], scaling_[i]); break;
-        case Backend::kTriton: run_on_triton(i, launch_triton); break;
-      }
-    }
     if (members_.empty()) return;
-    // As after any in-place operation: a graph that has saved the old values must not use the new.
-    const size_t count = members_.size();
-    py::list written(rescale_ ? 2 * count : count);
-    for (size_t i = 0; i < count; ++i) {
-      written[i] = members_[i].param;
-      if (rescale_) written[count + i] = members_[i].grad;
+    count_versions();
+    try {
+      for (size_t i = 0; i < tables_.size(); ++i) {
+        run_on_backend(i, threads, launch_triton);
+        for (const int member : tables_[i].members) members_[member].stepped = true;
+      }
+    } catch (...) {
+      keep_states();
+      throw;
     }
-    torch_.increment_version(written);
+    keep_states();
+    if (rescale_) unscale_copied();
   }
 
  private:
@@ -345,7 +425,7 @@ class Step {
 
   const std::vector<PyObject*>& keys() const { return names().states[rule_index_]; }
 
-  Backend backend_of(const Table& table) { return backends_.of(table.device); }
+  Backend backend_of(const Table& table) const { return devices_.backend_of(table.device); }
 
   // Whether a value can be read without waiting for an accelerator.
   bool on_host(const py::object& value) const {
@@ -362,20 +442,28 @@ class Step {
     return rule_.states_used(group);
   }
 
+  // Whether slots are updated one after another, as torch does, be their memory shared or not.
+  bool in_slots_order(int threads) const {
+    const auto alone = [&](const Table& table) {
+      return backend_of(table) == Backend::kCpu && (threads == 1 || table.numel < cpu::kSerial);
+    };
+    return tables_.empty() || (tables_.size() == 1 && alone(tables_[0]));
+  }
+
   // A value as the device's backend reads it: on an accelerator without waiting for it.
   Number number_on(const py::object& value, DLDevice device) {
-    if (!torch_.is_tensor(value) || backends_.of(device) == Backend::kCpu) {
+    if (!torch_.is_tensor(value) || devices_.backend_of(device) == Backend::kCpu) {
       return {number(value), nullptr, {}, {}};
     }
     DLTensor tensor;
     const auto read = [&](const py::object& object) {
-      reader_.read(object, object, &tensor);
+      reader_.read(object, object, "an option", &tensor);
       reader_.keep(object);
     };
     read(value);
     if (!same(tensor.device, device)) {
       if (on_host(value)) return {number(value), nullptr, {}, {}};
-      read(helper("fastopt.tensors", "moved")(value, torch_device(device)));
+      read(helper("fastopt.tensors", "moved")(value, devices_.torch_device(device)));
     }
     return as_number(tensor);
   }
@@ -397,15 +485,14 @@ class Step {
   void find_states(Member& member) {
     const int count = states_[member.group];
     if (count == 0 && !rule_.counts_steps) return;
-    PyObject* const entry = find_state(state_.ptr(), member.param.ptr());
+    const py::object entry = find_entry(state_, member.param);
     bool any = false;
     // A state that is None counts as missing: so SGD's checkpoints have it before the first step.
     const auto get = [&](PyObject* key) {
-      PyObject* value = entry ? PyDict_GetItemWithError(entry, key) : nullptr;
-      if (!value && PyErr_Occurred()) throw py::error_already_set();
-      if (value == Py_None) value = nullptr;
+      py::object value = entry ? find(entry, key) : py::object();
+      if (value && value.is_none()) value = py::object();
       any = any || value;
-      return py::reinterpret_borrow<py::object>(value);
+      return value;
     };
     for (int i = 0; i < count; ++i) member.state[i] = get(keys()[i]);
     if (rule_.counts_steps) member.step = get(names().step);
@@ -419,68 +506,136 @@ class Step {
     torch_.prefetch(member.step.ptr(), ahead);
   }
 
-  void add(Member& member) {
+  void add(int index) {
+    Member& member = members_[index];
     Tensors tensors;
     tensors.states = states_[member.group];
-    reader_.read_param_and_grad(member, &tensors.at[kParam], &tensors.at[kGrad]);
-    const DLDevice device = tensors.at[kParam].device;
-    backends_.of(device);  // or there is none
-    if (is_lazy(member.param, tensors.at[kParam])) {
-      throw std::invalid_argument("it is a lazy conjugate; make it from .resolve_conj()");
-    }
-    if (is_lazy(member.grad, tensors.at[kGrad])) {
-      member.grad = member.grad.attr("resolve_conj")().attr("resolve_neg")();
-      member.param.attr("grad") = member.grad;
-      reader_.read_param_and_grad(member, &tensors.at[kParam], &tensors.at[kGrad]);
-    }
-    if (member.fresh) make_states(member, tensors.states);
+    DLTensor& param = tensors.at[kParam];
+    read_param(member, &param);
+    reader_.read_grad(member, param, &tensors.at[kGrad]);
+    if (member.fresh && !made_states_) make_states();
     for (int i = 0; i < tensors.states; ++i) {
-      read_state(member, member.state[i], keys()[i], &tensors.at[kState + i]);
-    }
-    if (rule_.counts_steps) {
-      read_state(member, member.step, names().step, &tensors.step);
-      if (!same(tensors.step.device, device)) {  // as in a checkpoint of torch's
-        member.step = helper("fastopt.tensors", "moved")(member.step, torch_device(device));
+      DLTensor* const state = &tensors.at[kState + i];
+      read_state(member, member.state[i], keys()[i], state);
+      if (in_double(*state) != in_double(param)) {  // the model was cast to or from float64
+        member.state[i] = helper("fastopt.tensors", "recast")(member.state[i], member.param);
         member.keeps = true;
-        read_state(member, member.step, names().step, &tensors.step);
+        read_state(member, member.state[i], keys()[i], state);
       }
     }
-    add_slot(tables_, rule_, tensors, group_on(member.group, device), member.fresh, rescale_);
+    if (rule_.counts_steps) read_step(member, param.device, &tensors.step);
+    add_slot(tables_, rule_, tensors, index, group_on(member.group, param.device), member.fresh,
+             rescale_);
   }
 
-  void make_states(Member& member, int count) {
-    py::list wanted;
-    for (int i = 0; i < count; ++i) wanted.append(py::handle(keys()[i]));
-    const py::dict made =
-        helper("fastopt.tensors", "new_states")(member.param, wanted, rule_.counts_steps);
-    for (int i = 0; i < count; ++i) member.state[i] = made[py::handle(keys()[i])];
-    if (rule_.counts_steps) member.step = made[py::handle(names().step)];
-  }
-
-  void keep_states(const Member& member) {
-    py::dict entry;
-    if (PyObject* found = find_state(state_.ptr(), member.param.ptr())) {
-      entry = py::reinterpret_borrow<py::dict>(found);
-    } else {
-      state_[member.param] = entry;
+  void read_param(const Member& member, DLTensor* out) {
+    const py::handle memory = reader_.read(member.param, member.param, "the parameter", out);
+    if (!is_supported(out->dtype)) {
+      throw NotOurs{"no fastopt arithmetic for parameters of " + text(member.param.attr("dtype"))};
     }
-    if (member.step) entry[py::handle(names().step)] = member.step;
-    for (int i = 0; i < states_[member.group]; ++i) entry[py::handle(keys()[i])] = member.state[i];
+    if (torch_.is_lazy(memory)) throw NotOurs{"a parameter is a conjugate or negative view"};
+    devices_.meet(out->device, member.param);
   }
 
   void read_state(const Member& member, const py::object& value, PyObject* key, DLTensor* out) {
+    const std::string name = "state '" + text(key) + "'";
     if (!value || !torch_.is_tensor(value)) {
-      const std::string name = "state '" + text(key) + "'";
       throw std::invalid_argument(
           value ? name + " is not a tensor; load_state_dict makes it one"
                 : name + " is missing, though others are there (was amsgrad turned on mid-run?); " +
                       "delete the parameter's state to start it anew");
     }
+    py::handle memory;
     try {
-      reader_.read(member.param, value, out);
+      memory = reader_.read(member.param, value, name.c_str(), out);
     } catch (const NotOurs& error) {
-      throw std::invalid_argument("state '" + text(key) + "' cannot be read: " + error.reason +
+      throw std::invalid_argument(name + " cannot be read: " + error.reason +
                                   "; load a state_dict of this very model");
+    }
+    if (torch_.is_lazy(memory)) throw NotOurs{"a state is a conjugate or negative view"};
+  }
+
+  // The count beside its parameter, in a dtype that can count.
+  void read_step(Member& member, DLDevice device, DLTensor* out) {
+    if (!member.step || torch_.is_tensor(member.step)) {
+      read_state(member, member.step, names().step, out);
+      const bool counts = out->dtype.code == kDLFloat && out->dtype.bits >= 32;
+      if (counts && same(out->device, device)) return;
+    }
+    member.step = helper("fastopt.tensors", "count")(member.step, devices_.torch_device(device));
+    member.keeps = true;
+    read_state(member, member.step, names().step, out);
+  }
+
+  // New states for all parameters that have none; one Python call for those that keep as many.
+  void make_states() {
+    made_states_ = true;
+    for (int count = 0; count <= kMaxStates; ++count) {
+      py::list params, wanted;
+      std::vector<Member*> fresh;
+      for (Member& member : members_) {
+        if (!member.fresh || states_[member.group] != count) continue;
+        fresh.push_back(&member);
+        params.append(member.param);
+      }
+      if (fresh.empty()) continue;
+      for (int i = 0; i < count; ++i) wanted.append(py::handle(keys()[i]));
+      const py::object made =
+          helper("fastopt.tensors", "new_states")(params, wanted, rule_.counts_steps);
+      const auto item = [&](PyObject* key, size_t i) {
+        return py::reinterpret_borrow<py::object>(
+            PyTuple_GetItem(py::object(made[py::handle(key)]).ptr(), i));
+      };
+      for (size_t i = 0; i < fresh.size(); ++i) {
+        for (int j = 0; j < count; ++j) fresh[i]->state[j] = item(keys()[j], i);
+        if (rule_.counts_steps) fresh[i]->step = item(names().step, i);
+      }
+    }
+  }
+
+  // Puts states that were made for this step into the optimizer: where the step has been made.
+  void keep_states() {
+    for (const Member& member : members_) {
+      if (!member.keeps || !member.stepped) continue;
+      py::object entry = find_entry(state_, member.param);
+      if (!entry) {
+        entry = py::dict();
+        state_[member.param] = entry;
+      }
+      if (member.step) entry[py::handle(names().step)] = member.step;
+      for (int i = 0; i < states_[member.group]; ++i) {
+        entry[py::handle(keys()[i])] = member.state[i];
+      }
+    }
+  }
+
+  // As after any in-place operation, a graph that has saved the old values must not use the new.
+  // Before memory is written: an interrupt surfaces in this call, or when all is done.
+  void count_versions() const {
+    const size_t count = members_.size();
+    py::list written(rescale_ ? 2 * count : count);
+    for (size_t i = 0; i < count; ++i) {
+      written[i] = members_[i].param;
+      if (rescale_) written[count + i] = members_[i].grad;
+    }
+    torch_.increment_version(written);
+  }
+
+  // A step with copies has unscaled these, not the gradients.
+  void unscale_copied() const {
+    py::list grads;
+    for (const Member& member : members_) {
+      if (member.copied) grads.append(member.grad);
+    }
+    if (!grads.empty()) helper("fastopt.tensors", "unscale")(grads, grad_scale_, found_inf_);
+  }
+
+  void run_on_backend(size_t index, int threads, const py::function& launch_triton) const {
+    const Table& table = tables_[index];
+    switch (backend_of(table)) {
+      case Backend::kCpu: return run_on_cpu(table, scaling_[index], threads);
+      case Backend::kCuda: return run_on_cuda(table, scaling_[index]);
+      case Backend::kTriton: return run_on_triton(index, launch_triton);
     }
   }
 
@@ -519,17 +674,18 @@ class Step {
     };
     py::list dtypes;
     for (int i = 0; i < kState + table.states; ++i) dtypes.append(name_of(table.dtype[i]));
-    launch(index, torch_device(table.device), py::tuple(dtypes), name_of(table.step_dtype),
+    launch(index, devices_.torch_device(table.device), py::tuple(dtypes), name_of(table.step_dtype),
            bytes(slots), bytes(grads), bytes(numbers), bytes(table.layouts), table.chunk_count);
   }
 
   const Torch& torch_ = torch();
   int rule_index_;
   const RuleInfo& rule_;
-  py::dict state_;
+  py::object state_;
   py::object grad_scale_, found_inf_;
   bool rescale_;  // gradients are written, too
-  Backends backends_;
+  bool made_states_ = false;
+  Devices devices_;
   Reader reader_;
   std::vector<std::vector<py::object>> options_;  // of each param group
   std::vector<int> states_;                       // likewise: how many it keeps for a parameter
@@ -541,36 +697,17 @@ class Step {
 };
 
 // None when the step is done; otherwise why torch must make it, and nothing has been changed.
-std::optional<std::string> step(const std::string& rule, const py::list& param_groups,
-                                py::dict state, py::object grad_scale, py::object found_inf,
+std::optional<std::string> step(const std::string& rule, const py::object& param_groups,
+                                py::object state, py::object grad_scale, py::object found_inf,
                                 int threads, const std::optional<std::string>& backend,
                                 const py::function& launch_triton) {
   Step step(rule, std::move(state), std::move(grad_scale), std::move(found_inf), backend);
   try {
-    step.prepare(param_groups);
+    step.prepare(param_groups, threads);
   } catch (const NotOurs& error) {
     return error.reason;
   }
   if (!step.overflowed()) step.run(threads, launch_triton);
-  return std::nullopt;
-}
-
-// What step() would return for these parameters and gradients, without making the step.
-std::optional<std::string> why_not(const py::list& param_groups,
-                                   const std::optional<std::string>& backend) {
-  Reader reader;
-  Backends backends(backend);
-  std::vector<Member> members;
-  for (const py::handle group : param_groups) collect(group, 0, members);
-  DLTensor param, grad;
-  try {
-    for (const Member& member : members) {
-      reader.read_param_and_grad(member, &param, &grad);
-      backends.of(param.device);
-    }
-  } catch (const NotOurs& error) {
-    return error.reason;
-  }
   return std::nullopt;
 }
 
@@ -580,7 +717,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fastopt's native core; use the classes of fastopt instead.";
   torch();  // fails here, at import, where the torch installed does not suit
   m.def("step", &step);
-  m.def("why_not", &why_not);
   m.def(
       "why_not_cuda", [](int index) { return cuda::why_not({kDLCUDA, index}); },
       py::arg("index") = 0);

@@ -22,7 +22,7 @@ struct Number {
   uint8_t zero[7];     // no byte is left to chance: Triton's backend compares them
 };
 
-// A param group's hyper-parameters in the order of its rule's Options; betas count as two.
+// A param group's hyper-parameters in the order of its rule's Options.
 constexpr int kMaxOptions = 8;
 struct Group {
   Number options[kMaxOptions];
@@ -53,6 +53,10 @@ struct Layout {
 FASTOPT_RULE Layout layout_of(const int64_t* layout, int tensor) {
   const int64_t ndim = layout[0];
   return {ndim, layout + 1, layout + 1 + (1 + tensor) * ndim};
+}
+
+FASTOPT_RULE int64_t layout_size(int64_t ndim, int states) {
+  return 1 + ndim * (1 + kState + states);
 }
 
 // A run of elements of one slot: a CPU task, a CUDA block's turn, a Triton program. The chunks of a

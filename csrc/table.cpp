@@ -13,12 +13,12 @@ namespace {
 
 template <class Rule>
 RuleInfo describe() {
-  static_assert(sizeof(typename Rule::Options) <= kMaxOptions * sizeof(double));
+  static_assert(std::size(Rule::kOptions) <= kMaxOptions);
+  static_assert(sizeof(typename Rule::Options) == std::size(Rule::kOptions) * sizeof(double));
   static_assert(std::size(Rule::kStates) <= kMaxStates);
   return {Rule::kName,
           {std::begin(Rule::kOptions), std::end(Rule::kOptions)},
           {std::begin(Rule::kStates), std::end(Rule::kStates)},
-          sizeof(typename Rule::Options) / sizeof(double),
           Rule::kCountsSteps,
           [](const Group& group) {
             return Rule::states(options_of<Rule>(group, [](const Number& n) { return n.value; }));
@@ -36,10 +36,6 @@ std::string shape_of(const DLTensor& t) {
   std::string text = "[";
   for (int d = 0; d < t.ndim; ++d) text += (d ? ", " : "") + std::to_string(t.shape[d]);
   return text + "]";
-}
-
-int64_t numel_of(const DLTensor& t) {
-  return std::accumulate(t.shape, t.shape + t.ndim, int64_t{1}, std::multiplies<>());
 }
 
 bool is_contiguous(const DLTensor& t) {
@@ -103,9 +99,9 @@ bool flat(const Tensors& tensors, int count) {
   return contiguous || is_dense(param);
 }
 
-// Appends the slot's layout in the parameter's memory order, adjacent dimensions merged where
-// every tensor allows it; a complex element becomes a last dimension of two.
-int64_t append_layout(std::vector<int64_t>& layouts, const Tensors& tensors, int count) {
+// The slot's layout in the parameter's memory order, adjacent dimensions merged where every tensor
+// allows it; a complex element becomes a last dimension of two.
+std::vector<int64_t> make_layout(const Tensors& tensors, int count) {
   const DLTensor& param = tensors.at[kParam];
   struct Dim {
     int64_t size, stride[kMaxTensors];
@@ -134,13 +130,16 @@ int64_t append_layout(std::vector<int64_t>& layouts, const Tensors& tensors, int
   }
   if (reals == 2 || dims.empty()) append({reals, {1, 1, 1, 1, 1}});
 
-  const auto start = static_cast<int64_t>(layouts.size());
-  layouts.push_back(static_cast<int64_t>(dims.size()));
-  for (const Dim& dim : dims) layouts.push_back(dim.size);
+  std::vector<int64_t> layout = {static_cast<int64_t>(dims.size())};
+  for (const Dim& dim : dims) layout.push_back(dim.size);
   for (int i = 0; i < count; ++i) {
-    for (const Dim& dim : dims) layouts.push_back(dim.stride[i]);
+    for (const Dim& dim : dims) layout.push_back(dim.stride[i]);
   }
-  return start;
+  return layout;
+}
+
+int64_t bytes_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
 std::string tensor_name(const RuleInfo& rule, int i) {
@@ -164,7 +163,7 @@ void check_fits(const RuleInfo& rule, const Tensors& tensors, int i) {
                                 "optimizer.load_state_dict(optimizer.state_dict())");
   }
   if (!is_supported(t.dtype) || is_complex(t) != is_complex(param) ||
-      (dtype_of(t.dtype) == DType::kFloat64) != (dtype_of(param.dtype) == DType::kFloat64)) {
+      in_double(t) != in_double(param)) {
     throw std::invalid_argument(
         tensor_name(rule, i) + " has a dtype that does not go with the parameter's " +
         name_of(param.dtype) +
@@ -199,6 +198,14 @@ DType dtype_of(DLDataType dtype) {
   return bits == 64 ? DType::kFloat64 : bits == 32 ? DType::kFloat32 : DType::kFloat16;
 }
 
+int64_t numel_of(const DLTensor& tensor) {
+  return std::accumulate(tensor.shape, tensor.shape + tensor.ndim, int64_t{1}, std::multiplies<>());
+}
+
+bool in_double(const DLTensor& tensor) {
+  return is_supported(tensor.dtype) && dtype_of(tensor.dtype) == DType::kFloat64;
+}
+
 Number as_number(const DLTensor& tensor) {
   if (numel_of(tensor) != 1 || !is_supported(tensor.dtype) || is_complex(tensor)) {
     throw std::invalid_argument(
@@ -218,15 +225,39 @@ bool is_supported(DLDataType dtype) {
   return false;
 }
 
-void add_slot(std::vector<Table>& tables, const RuleInfo& rule, const Tensors& tensors, int group,
-              bool fresh, bool writes_grad) {
+void append_slot(Table& table, Slot slot, int member, const int64_t* layout) {
+  if (slot.layout != kDense) {
+    slot.layout = static_cast<int64_t>(table.layouts.size());
+    table.layouts.insert(table.layouts.end(), layout,
+                         layout + layout_size(layout[0], table.states));
+  }
+  slot.first_chunk = table.chunk_count;
+  table.chunk_count += (slot.numel + kChunk - 1) / kChunk;
+  table.numel += slot.numel;
+  table.slots.push_back(slot);
+  table.members.push_back(member);
+}
+
+Span span_of(const Table& table, const Slot& slot, int tensor) {
+  int64_t elements = slot.numel;
+  if (slot.layout != kDense) {
+    const Layout layout = layout_of(table.layouts.data() + slot.layout, tensor);
+    elements = 1;
+    for (int64_t d = 0; d < layout.ndim; ++d) elements += (layout.shape[d] - 1) * layout.stride[d];
+  }
+  const auto begin = reinterpret_cast<uintptr_t>(slot.data[tensor]);
+  return {begin, begin + static_cast<uintptr_t>(elements * bytes_of(table.dtype[tensor]))};
+}
+
+void add_slot(std::vector<Table>& tables, const RuleInfo& rule, const Tensors& tensors, int member,
+              int group, bool fresh, bool writes_grad) {
   const int count = kState + tensors.states;
   const DLTensor& param = tensors.at[kParam];
   for (int i = kGrad; i < count; ++i) check_fits(rule, tensors, i);
   if (rule.counts_steps && (numel_of(tensors.step) != 1 || tensors.step.dtype.code != kDLFloat ||
                             tensors.step.dtype.bits < 32)) {
     throw std::invalid_argument(
-        "state 'step' is not one float32 or float64 number; make it torch.tensor(float(step))");
+        "state 'step' is not one number; make it torch.tensor(float(step))");
   }
 
   Slot slot{};
@@ -274,11 +305,23 @@ void add_slot(std::vector<Table>& tables, const RuleInfo& rule, const Tensors& t
     tables.push_back(std::move(fresh_table));
     table = tables.rbegin();
   }
-  if (!dense) slot.layout = append_layout(table->layouts, tensors, count);
-  slot.first_chunk = table->chunk_count;
-  table->chunk_count += (slot.numel + kChunk - 1) / kChunk;
-  table->numel += slot.numel;
-  table->slots.push_back(slot);
+  if (dense) {
+    append_slot(*table, slot, member, nullptr);
+  } else {
+    slot.layout = 0;  // any but kDense: append_slot finds the place
+    append_slot(*table, slot, member, make_layout(tensors, count).data());
+  }
+
+  const Slot& added = table->slots.back();
+  Span span[kMaxTensors];
+  for (int i = 0; i < count; ++i) {
+    span[i] = span_of(*table, added, i);
+    for (int j = 0; j < i; ++j) {
+      if (span[i].meets(span[j])) {  // each operation of torch's reads what the ones before wrote
+        throw NotOurs{tensor_name(rule, j) + " and " + tensor_name(rule, i) + " share memory"};
+      }
+    }
+  }
 }
 
 }  // namespace fastopt

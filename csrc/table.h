@@ -12,11 +12,15 @@
 
 namespace fastopt {
 
+// Why a step is torch's to make: thrown while nothing has been changed, returned to Python as text.
+struct NotOurs {
+  std::string reason;
+};
+
 // What the host must know of a rule; made from the rule by its line in rules/rules.h.
 struct RuleInfo {
   std::string name;
   std::vector<const char*> options, states;
-  int option_values;  // numbers the options hold together
   bool counts_steps;
   int (*states_used)(const Group& group);
 };
@@ -43,6 +47,7 @@ struct Table {
   DType dtype[kMaxTensors];  // of param, grad and the states in use
   DType step_dtype;
   std::vector<Slot> slots;
+  std::vector<int32_t> members;  // of each slot, its parameter's place in the step
   int64_t chunk_count = 0;
   std::vector<int64_t> layouts;  // of slots that are not kDense, see layout_of
   int64_t numel = 0;
@@ -55,10 +60,22 @@ struct Tensors {
   int states;
 };
 
-// Adds a slot to the table it belongs to; throws std::invalid_argument, naming the fix, when its
-// tensors do not fit together. `fresh` states were just made and take the place of missing ones.
-void add_slot(std::vector<Table>& tables, const RuleInfo& rule, const Tensors& tensors, int group,
-              bool fresh, bool writes_grad);
+// Adds the slot of a member to the table it belongs to; throws std::invalid_argument, naming the
+// fix, when its tensors do not fit together, NotOurs when they share memory. `fresh` states were
+// just made and take the place of missing ones.
+void add_slot(std::vector<Table>& tables, const RuleInfo& rule, const Tensors& tensors, int member,
+              int group, bool fresh, bool writes_grad);
+
+// Adds a slot that has been checked; `layout` is where its own starts, unless it is kDense.
+void append_slot(Table& table, Slot slot, int member, const int64_t* layout);
+
+// The addresses that a slot's tensor lies between: none where it has no elements.
+struct Span {
+  uintptr_t begin, end;
+
+  bool meets(const Span& other) const { return begin < other.end && other.begin < end; }
+};
+Span span_of(const Table& table, const Slot& slot, int tensor);
 
 // torch's name of a dtype, and the dtype of real numbers a tensor is made of.
 const char* name_of(DType dtype);
@@ -67,6 +84,11 @@ DType dtype_of(DLDataType dtype);
 // The one number that a tensor on its parameter's device holds; throws std::invalid_argument where
 // it holds more or no such number.
 Number as_number(const DLTensor& tensor);
+
+int64_t numel_of(const DLTensor& tensor);
+
+// Whether float64 arithmetic is due.
+bool in_double(const DLTensor& tensor);
 
 // False for dtypes no backend computes with (integers, float8): such parameters go to torch.
 bool is_supported(DLDataType dtype);

@@ -1,5 +1,5 @@
-// What the core knows of torch without including any of it: two types whose memory is read as it is
-// and DLPack's exchange API to read it with.
+// What the core knows of torch without including any of it: two types whose memory is read as it
+// is, DLPack's exchange API to read it with, and where a tensor keeps what DLPack leaves out.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -20,13 +20,22 @@ enum class Ahead { kTensor, kStorage };
 // For functions that only prefetch: compilers drop calls that compute nothing.
 #define FASTOPT_PREFETCHES __attribute__((always_inline)) inline
 
+// Words of torch's objects, found at import on tensors of which torch says what must be there; 0
+// where one was not found. They save a thousand calls a step; without them torch is asked.
+struct Words {
+  int impl;            // of a tensor object: points to its TensorImpl
+  int storage;         // of a TensorImpl: points to its storage
+  int keys;            // of a TensorImpl: its dispatch keys
+  uint64_t lazy_keys;  // those of a pending conjugation or negation
+  int data;            // of a storage: points to its memory
+};
+
 struct Torch {
   PyTypeObject* tensor;
   PyTypeObject* parameter;
   const DLPackExchangeAPI* api;
   py::object increment_version;
-  int impl_word;     // the word of a tensor object that points to its TensorImpl, 0 if not found
-  int storage_word;  // the word of a TensorImpl that points to its storage
+  Words words;
 
   bool is_tensor(py::handle object) const { return PyObject_TypeCheck(object.ptr(), tensor); }
 
@@ -36,16 +45,22 @@ struct Torch {
   }
 
   FASTOPT_PREFETCHES void prefetch(PyObject* object, Ahead ahead) const {
-    if (!object || !is_plain(object) || !impl_word || !storage_word) return;
-    const char* address = reinterpret_cast<char* const*>(object)[impl_word];
+    if (!object || !is_plain(object) || !words.impl || !words.storage) return;
+    const char* address = reinterpret_cast<char* const*>(object)[words.impl];
     if (ahead == Ahead::kStorage && address) {
-      address = reinterpret_cast<char* const*>(address)[storage_word];
+      address = reinterpret_cast<char* const*>(address)[words.storage];
     }
     for (int line = 0; line < 4; ++line) __builtin_prefetch(address + 64 * line);
   }
 
   // False, and no Python error, where a tensor has no memory of its own (sparse, quantized, meta).
   bool read(py::handle tensor, DLTensor* out) const;
+
+  // Whether conjugation or negation is pending: a flag on a view, which DLPack does not pass on.
+  bool is_lazy(py::handle tensor) const;
+
+  // Whether a tensor's storage has been freed, as FSDP does by resizing it to nothing.
+  bool is_freed(py::handle tensor) const;
 
   // The stream torch is working on; null where the device has none.
   void* stream(DLDevice device) const;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
@@ -10,10 +11,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
+from torch.autograd import _profiler_enabled, profiler  # type: ignore[attr-defined]
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.utils._device import DeviceContext
 
 from fastopt import _C, triton
+from fastopt.tensors import unscale
 
 Backend = Literal["cpu", "cuda", "triton", "torch"]
 
@@ -57,6 +60,18 @@ def backends() -> dict[str, str | None]:
     return {name: why_not() for name, why_not in _WHY_NOT.items()}
 
 
+def _watching_mode() -> str | None:
+    """The name of what watches torch's operations in this thread, and would miss a native step."""
+    if torch._C._len_torch_dispatch_stack():
+        mode = torch._C._get_dispatch_stack_at(torch._C._len_torch_dispatch_stack() - 1)
+        return type(mode).__name__
+    for i in range(torch._C._len_torch_function_stack()):
+        mode = torch._C._get_function_stack_at(i)
+        if not isinstance(mode, DeviceContext):  # a default device: no operation of a step asks it
+            return type(mode).__name__
+    return "torch.jit.trace" if torch._C._get_tracing_state() else None
+
+
 class FusedOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose step is one native call.
 
@@ -65,8 +80,14 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     _rule: ClassVar[str]
+    _stock: ClassVar[Any]  # torch's class, whose step is ours to replace
     _backend: Backend | None = None
     _fallbacks: frozenset[str] = frozenset()  # reasons the user has been told
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "_rule" in vars(cls):
+            cls._stock = next(base for base in cls.__mro__ if base.__module__.startswith("torch."))
 
     def _use_backend(self, backend: Backend | None) -> None:
         if backend is None:
@@ -89,7 +110,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             What ``closure`` returned, or None.
 
         Raises:
-            ValueError: a gradient or a state does not fit its parameter.
+            ValueError: an option is no number, or a gradient or a state does not fit its parameter.
             RuntimeError: the backend asked for by name cannot step on these tensors.
                 Either way nothing has been changed.
         """
@@ -100,7 +121,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        reason = self._asked_for_torch()
+        reason = self._why_torch()
         if reason is None:
             native_step = _opaque_step if torch.compiler.is_compiling() else _C.step
             reason = native_step(
@@ -115,8 +136,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
             if reason is None:
                 return loss
-            if self._backend is not None:
-                raise RuntimeError(f"backend={self._backend!r} cannot make this step: {reason}")
+        if self._backend not in (None, "torch"):
+            raise RuntimeError(f"backend={self._backend!r} cannot make this step: {reason}")
         self._tell(reason)
         self._torch_step()
         return loss
@@ -129,15 +150,31 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         @functools.wraps(func)
         def step(self: FusedOptimizer, *args: Any, **kwargs: Any) -> Any:
-            if (
-                _profiler_enabled()
-                or self._optimizer_step_pre_hooks
-                or self._optimizer_step_post_hooks
-                or _global_optimizer_pre_hooks
-                or _global_optimizer_post_hooks
-            ):
-                return hooked_step(self, *args, **kwargs)
-            return func(self, *args, **kwargs)
+            try:
+                if (
+                    _profiler_enabled()
+                    or profiler._is_profiler_enabled  # in any thread: it may look into this one
+                    or self._optimizer_step_pre_hooks
+                    or self._optimizer_step_post_hooks
+                    or _global_optimizer_pre_hooks
+                    or _global_optimizer_post_hooks
+                ):
+                    return hooked_step(self, *args, **kwargs)
+                result = func(self, *args, **kwargs)
+                # There are some now if the closure has registered them.
+                if self._optimizer_step_post_hooks or _global_optimizer_post_hooks:
+                    for hook in itertools.chain(
+                        self._optimizer_step_post_hooks.values(),
+                        _global_optimizer_post_hooks.values(),
+                    ):
+                        hook(self, args, kwargs)
+                return result
+            except BaseException:
+                # GradScaler sets both before a step and deletes them after one that returns.
+                if "found_inf" in self.__dict__:
+                    del self.__dict__["found_inf"]
+                    self.__dict__.pop("grad_scale", None)
+                raise
 
         return step
 
@@ -145,23 +182,27 @@ class FusedOptimizer(torch.optim.Optimizer):
         buffers: dict[Any, Any] = self.__dict__.setdefault("_triton_buffers", {})
         triton.launch(buffers, self._rule, triton.Table(*table))
 
-    def _asked_for_torch(self) -> str | None:
+    def _why_torch(self) -> str | None:
+        """Why this step is torch's before any tensor is looked at, or None."""
         if self._backend == "torch":
             return "backend='torch'"
         for group in self.param_groups:
-            if _chooses_torch(group):
-                flags = {name: group[name] for name in ("fused", "foreach", "differentiable")}
-                return f"a param group has {flags}"
-        return None
+            if group["differentiable"]:
+                return "a param group has differentiable=True"
+        overridden = type(self)._init_group is not self._stock._init_group  # type: ignore[attr-defined]
+        if overridden or "_init_group" in self.__dict__:
+            return f"{type(self).__name__} has an _init_group of its own"
+        mode = _watching_mode()
+        return None if mode is None else f"{mode} watches torch's operations"
 
     def _tell(self, reason: str) -> None:
         """Warn once that torch makes the step, unless the constructor's arguments asked for it."""
-        asked = self._backend == "torch" or _chooses_torch(self.defaults)
+        asked = self._backend == "torch" or self.defaults["differentiable"]
         if asked or reason in self._fallbacks:
             return
-        self._fallbacks |= {reason}
         name = type(self).__name__
         warnings.warn(f"fastopt.{name} steps through torch.optim: {reason}", stacklevel=4)
+        self._fallbacks |= {reason}  # told: where warnings are errors, it is not
 
     def _torch_step(self) -> None:
         """The stock step, without the hooks that our own step has already run.
@@ -174,31 +215,22 @@ class FusedOptimizer(torch.optim.Optimizer):
         present = {"grad_scale", "found_inf"} & self.__dict__.keys()
         amp: dict[str, Any] = {name: self.__dict__.pop(name) for name in present}
         try:
-            if all(group["fused"] for group in self.param_groups):
+            if self._step_supports_amp_scaling:
                 self.__dict__.update(amp)  # torch's fused step reads them itself
             elif float(amp.get("found_inf") or 0):
                 return
             elif amp.get("grad_scale") is not None:
-                self._unscale(amp["grad_scale"])
+                grads = [p.grad for group in self.param_groups for p in group["params"]]
+                unscale([grad for grad in grads if grad is not None], amp["grad_scale"])
             stock(self)
         finally:
             self.__dict__.update(amp)
 
-    @torch.no_grad()
-    def _unscale(self, grad_scale: Tensor) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.grad.div_(grad_scale)
-
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether GradScaler may leave unscaling and skipping to the step (torch's contract)."""
-        if all(group["fused"] for group in self.param_groups):
-            return True
-        if self._asked_for_torch() is not None:
-            return False
-        return _C.why_not(self.param_groups, self._backend) is None
+        """Whether GradScaler may leave unscaling and skipping to the step: where it was asked for,
+        as of torch. Whoever looks at it (Lightning, Accelerate, FSDP1's scaler) acts on it."""
+        return all(group.get("fused") for group in self.param_groups)
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
@@ -210,31 +242,15 @@ class FusedOptimizer(torch.optim.Optimizer):
             state["_backend"] = self._backend
         return state
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        for group in state["param_groups"]:
-            group.setdefault("fused", None)  # torch.optim.SGD would say False: not ours
-        super().__setstate__(state)
-
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with step counts where torch keeps them: on the CPU, unless a group is fused
         or capturable. Its own step would wait for every one of them on an accelerator."""
-        state_dict = super().state_dict()
-        counts = {
-            i: state_dict["state"][i]["step"]
-            for group in state_dict["param_groups"]
-            if not (group["fused"] or group.get("capturable"))
-            for i in group["params"]
-            if "step" in state_dict["state"].get(i, {})
-        }
-        away = {
-            i: step for i, step in counts.items() if isinstance(step, Tensor) and not step.is_cpu
-        }
-        if away:
-            values = torch.stack([step.double() for step in away.values()]).tolist()  # one wait
-            for (i, step), value in zip(away.items(), values, strict=True):
-                on_cpu = torch.tensor(value, dtype=step.dtype)
-                state_dict["state"][i] = {**state_dict["state"][i], "step": on_cpu}
-        return state_dict
+        # Before the users' hooks: they see what is saved and may make anything of it.
+        handle = self.register_state_dict_post_hook(_counts_to_cpu, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, except that float32 states of 16-bit parameters stay float32."""
@@ -263,8 +279,21 @@ class FusedOptimizer(torch.optim.Optimizer):
                 handle.remove()
 
 
-def _chooses_torch(options: dict[str, Any]) -> bool:
-    return options["fused"] is False or options["foreach"] or options["differentiable"]
+def _counts_to_cpu(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    states = state_dict["state"]
+    away: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for group in state_dict["param_groups"]:
+        if group.get("fused") or group.get("capturable"):
+            continue
+        for i in group["params"]:
+            step = states.get(i, {}).get("step")
+            if isinstance(step, Tensor) and not step.is_cpu:
+                away.setdefault((step.device, step.dtype), []).append(i)
+    for places in away.values():
+        steps = [states[i]["step"] for i in places]
+        values = torch.stack([step.view(()) for step in steps]).cpu()  # one wait a device
+        for i, step, value in zip(places, steps, values.unbind(), strict=True):
+            states[i] = {**states[i], "step": value.view(step.shape)}
 
 
 def _is_wider(dtype: torch.dtype, than: torch.dtype) -> bool:

@@ -19,13 +19,22 @@ every_optimizer = pytest.mark.parametrize("name", OPTIONS)
 FALLBACK = ".* steps through torch.optim"
 native_only = pytest.mark.filterwarnings(f"error:{FALLBACK}:UserWarning")
 
+# Hints about torch's own implementations: they choose nothing here.
+HINTS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "fused=True": {"fused": True},
+    "fused=False": {"fused": False},
+    "foreach=True": {"foreach": True},
+    "foreach=False": {"foreach": False},
+}
+every_hint = pytest.mark.parametrize("hint", HINTS.values(), ids=HINTS)
+
 # Ways to ask for the stock implementation, each with what asks torch itself for the same.
 ASKED_FOR_TORCH = {
-    "fused=False": ({"fused": False}, {"fused": False}),
-    "foreach=True": ({"foreach": True}, {"foreach": True}),
     "differentiable=True": ({"differentiable": True}, {"differentiable": True}),
     "backend=torch": ({"backend": "torch"}, {}),
     "backend=torch fused": ({"backend": "torch", "fused": True}, {"fused": True}),
+    "backend=torch foreach": ({"backend": "torch", "foreach": True}, {"foreach": True}),
 }
 
 # Options with which an optimizer keeps every state it has.

@@ -1,4 +1,4 @@
-"""GradScaler on the CPU: our step unscales and skips by itself, and agrees with torch's."""
+"""GradScaler on the CPU: gradients are unscaled once, before our step or, if fused=True, by it."""
 
 import copy
 import pickle
@@ -15,6 +15,7 @@ from helpers import (
     FALLBACK,
     assert_agrees_with_torch,
     assert_equal,
+    every_hint,
     every_optimizer,
     native_only,
     pair,
@@ -26,6 +27,11 @@ from helpers import (
 pytestmark = native_only
 
 SCALE = 2.0**10
+
+# As in torch, the scaler leaves unscaling and skipping to a step that was asked to be fused.
+by_scaler_and_by_step = pytest.mark.parametrize(
+    "asked", [{}, {"fused": True}], ids=["by the scaler", "by the step"]
+)
 
 # A differentiable step cannot update leaves, which AMP trains.
 STOCK = {way: engine for way, engine in ASKED_FOR_TORCH.items() if way != "differentiable=True"}
@@ -88,7 +94,7 @@ def assert_as_if_never_scaled(case: Case, scaled: Optimizer, steps: range, **eng
 @pytest.mark.parametrize("dtypes", [FLOAT32, FLOAT16, BFLOAT16, *MIXED], ids=str)
 def test_scaled_training_is_plain_training_bit_for_bit(name, dtypes):
     case = Case(name, "everything", dtypes, "sizes")
-    scaled = case.make_optimizer(case.parameters(), fastopt)
+    scaled = case.make_optimizer(case.parameters(), fastopt, fused=True)
     # float16 gradients have no room for more.
     scaler = prepared(make_scaler())
     scaler.update(8.0)
@@ -97,10 +103,11 @@ def test_scaled_training_is_plain_training_bit_for_bit(name, dtypes):
 
 
 @every_optimizer
+@by_scaler_and_by_step
 @pytest.mark.parametrize("overflows", [(), (0,), (2,), (0, 1, 3)], ids=str)
-def test_scaled_training_with_overflows_agrees_with_torch(name, overflows):
+def test_scaled_training_with_overflows_agrees_with_torch(name, overflows, asked):
     case = Case(name, "everything", FLOAT64, "sizes")
-    pairs = pair(case)
+    pairs = pair(case, asked)
     for optimizer in pairs:
         scaler = prepared(make_scaler())
         train_scaled(case, optimizer, scaler, range(5), overflows)
@@ -113,7 +120,7 @@ def test_scaled_training_with_overflows_agrees_with_torch(name, overflows):
 @pytest.mark.parametrize("poison", [float("inf"), float("-inf"), float("nan")])
 def test_overflow_changes_nothing_at_all(name, before, poison):
     case = Case(name, "everything", FLOAT32, "sizes")
-    optimizer = case.make_optimizer(case.parameters(), fastopt)
+    optimizer = case.make_optimizer(case.parameters(), fastopt, fused=True)
     scaler = prepared(make_scaler())
     train_scaled(case, optimizer, scaler, range(before))
     set_scaled_gradients(case, optimizer, before)
@@ -128,9 +135,10 @@ def test_overflow_changes_nothing_at_all(name, before, poison):
 
 
 @every_optimizer
-def test_unscaled_gradients_are_written_back(name):
+@by_scaler_and_by_step
+def test_unscaled_gradients_are_written_back(name, asked):
     case = Case(name, "everything", FLOAT32, "sizes")
-    optimizer = case.make_optimizer(case.parameters(), fastopt)
+    optimizer = case.make_optimizer(case.parameters(), fastopt, **asked)
     set_scaled_gradients(case, optimizer, 0)
     scaler = prepared(make_scaler())
     scaler.step(optimizer)
@@ -140,9 +148,10 @@ def test_unscaled_gradients_are_written_back(name):
 
 
 @every_optimizer
-def test_unscale_and_clip_before_the_step_agrees_with_torch(name):
+@by_scaler_and_by_step
+def test_unscale_and_clip_before_the_step_agrees_with_torch(name, asked):
     case = Case(name, "everything", FLOAT64, "sizes")
-    pairs = pair(case)
+    pairs = pair(case, asked)
     for optimizer in pairs:
         scaler = prepared(make_scaler())
         for step in range(3):
@@ -155,16 +164,44 @@ def test_unscale_and_clip_before_the_step_agrees_with_torch(name):
 
 
 @every_optimizer
-def test_scaler_leaves_nothing_behind(name):
+@by_scaler_and_by_step
+def test_scaler_leaves_nothing_behind(name, asked):
     """An unscaled step may follow."""
     case = Case(name, "everything", FLOAT64, "sizes")
-    pairs = pair(case)
+    pairs = pair(case, asked)
     for optimizer in pairs:
         train_scaled(case, optimizer, prepared(make_scaler()), range(2), overflows=(1,))
         assert not hasattr(optimizer, "grad_scale")
         assert not hasattr(optimizer, "found_inf")
         train(case, optimizer, range(2, 4))
     assert_agrees_with_torch(*pairs)
+
+
+@every_optimizer
+@by_scaler_and_by_step
+def test_step_that_raises_leaves_nothing_of_the_scaler_behind(name, asked):
+    """torch's own fused step leaves both attributes, and every later step unscales again."""
+    case = Case(name, "everything", FLOAT32, "sizes")
+    optimizer = case.make_optimizer(case.parameters(), fastopt, **asked)
+    scaler = prepared(make_scaler())
+    train_scaled(case, optimizer, scaler, range(2))
+
+    def refuse(*_):
+        raise ZeroDivisionError
+
+    set_scaled_gradients(case, optimizer, 2)
+    optimizer.param_groups[0]["lr"], good = "broken", optimizer.param_groups[0]["lr"]
+    with pytest.raises(ValueError, match="lr"):
+        scaler.step(optimizer)
+    optimizer.param_groups[0]["lr"] = good
+    handle = optimizer.register_step_pre_hook(refuse)
+    with pytest.raises((ZeroDivisionError, RuntimeError)):  # its gradients may be unscaled already
+        scaler.step(optimizer)
+    handle.remove()
+    assert not hasattr(optimizer, "grad_scale")
+    assert not hasattr(optimizer, "found_inf")
+    train(case, optimizer, range(2, 3))
+    assert_as_if_never_scaled(case, optimizer, range(3))
 
 
 @every_optimizer
@@ -186,18 +223,19 @@ def test_overflow_in_one_optimizer_leaves_the_other_to_step(name):
 def test_scaler_steps_an_optimizer_without_gradients(name):
     """With no device seen, GradScaler's found_inf is the int 0."""
     case = Case(name, "everything", FLOAT32, "sizes")
-    optimizer = case.make_optimizer(case.parameters(), fastopt)
+    optimizer = case.make_optimizer(case.parameters(), fastopt, fused=True)
     before = snapshot(optimizer)
     prepared(make_scaler()).step(optimizer)
     assert_equal(snapshot(optimizer), before)
 
 
 @every_optimizer
-def test_autocast_training_goes_as_with_torch(name):
-    def losses(module):
+@by_scaler_and_by_step
+def test_autocast_training_goes_as_with_torch(name, asked):
+    def losses(module, **engine):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 1))
-        optimizer = getattr(module, name)(model.parameters(), lr=0.01)
+        optimizer = getattr(module, name)(model.parameters(), lr=0.01, **engine)
         scaler = make_scaler()
         inputs, targets = torch.randn(32, 8), torch.randn(32, 1)
         history = []
@@ -211,7 +249,7 @@ def test_autocast_training_goes_as_with_torch(name):
             history.append(loss.detach())
         return torch.stack(history)
 
-    ours = losses(fastopt)
+    ours = losses(fastopt, **asked)
     assert ours[-1] < ours[0]
     # A last bit of difference in a weight may round an activation to the next bfloat16.
     torch.testing.assert_close(ours, losses(torch.optim), rtol=2**-8, atol=0)
@@ -263,7 +301,7 @@ def test_grad_scale_set_by_the_user_is_honoured_without_a_scaler(name, grad_scal
 @pytest.mark.parametrize("unscale_first", [False, True])
 def test_grad_scale_set_by_the_user_is_honoured_with_a_scaler(name, unscale_first):
     case = Case(name, "everything", FLOAT32, "sizes")
-    scaled = case.make_optimizer(case.parameters(), fastopt)
+    scaled = case.make_optimizer(case.parameters(), fastopt, fused=True)
     scaler = prepared(make_scaler())
     for step in range(2):
         scaled.grad_scale = torch.tensor(4.0)
@@ -279,32 +317,45 @@ def test_grad_scale_set_by_the_user_is_honoured_with_a_scaler(name, unscale_firs
 
 
 @every_optimizer
-@pytest.mark.parametrize("fused", [None, True])
-def test_native_step_supports_amp_scaling_and_so_do_its_copies(name, fused):
+@every_hint
+def test_step_supports_amp_scaling_where_torchs_would_and_so_do_copies(name, hint):
     case = Case(name, "everything", FLOAT32, "sizes")
-    original = case.make_optimizer(case.parameters(), fastopt, fused=fused)
+    original = case.make_optimizer(case.parameters(), fastopt, **hint)
     loaded = case.make_optimizer(case.parameters(), fastopt)
     loaded.load_state_dict(original.state_dict())
+    stock = case.make_optimizer(case.parameters(), torch.optim, **hint)
+    expected = getattr(stock, "_step_supports_amp_scaling", False)
+    assert expected == hint.get("fused", False)
     copies = [copy.deepcopy(original), pickle.loads(pickle.dumps(original))]
     for optimizer in [original, loaded, *copies]:
         case.set_gradients(parameters(optimizer), 0)
-        assert optimizer._step_supports_amp_scaling
+        assert optimizer._step_supports_amp_scaling is expected
 
 
 @every_optimizer
-def test_fused_given_through_a_group_supports_amp_scaling(name):
-    params = [torch.nn.Parameter(torch.ones(2))]
-    optimizer = getattr(fastopt, name)([{"params": params, "fused": True}], foreach=False)
-    assert optimizer._step_supports_amp_scaling
+@pytest.mark.parametrize("second", [None, False])
+def test_one_group_not_fused_leaves_scaling_to_the_scaler(name, second):
+    first, other = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    groups = [{"params": [first], "fused": True}, {"params": [other], "fused": second}]
+    optimizer = getattr(fastopt, name)(groups)
+    assert optimizer._step_supports_amp_scaling is False
+    optimizer.param_groups[1]["fused"] = True
+    assert optimizer._step_supports_amp_scaling is True
 
 
 @every_optimizer
-@pytest.mark.parametrize("engine", ["fused=False", "foreach=True", "backend=torch"])
-def test_stock_step_does_not_support_amp_scaling(name, engine):
-    param = torch.nn.Parameter(torch.ones(2))
-    optimizer = getattr(fastopt, name)([param], **STOCK[engine][0])
-    param.grad = torch.ones(2)
-    assert not optimizer._step_supports_amp_scaling
+def test_hooks_see_unscaled_gradients_and_skipped_steps_are_none(name):
+    """What Accelerate and users' norms in a hook rely on."""
+    param = torch.nn.Parameter(torch.ones(4))
+    optimizer = getattr(fastopt, name)([param])
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(param.grad.clone()))
+    scaler = prepared(make_scaler())
+    for grad in (torch.full((4,), 3.0), torch.full((4,), float("inf"))):
+        param.grad = grad * SCALE
+        scaler.step(optimizer)
+        scaler.update(SCALE)
+    assert_equal(seen, [torch.full((4,), 3.0)])
 
 
 # Fallbacks.
@@ -344,23 +395,6 @@ def test_scaled_sparse_gradients_agree_with_torch(unscale_first):
     with pytest.warns(UserWarning, match=FALLBACK):
         ours = trained(fastopt)
     assert_equal(ours, trained(torch.optim))
-
-
-@every_optimizer
-@pytest.mark.parametrize("engine", ["fused=False", "foreach=True"])
-def test_groups_of_both_engines_are_scaled_once(name, engine):
-    """One group asks for the stock implementation and so decides for the whole step."""
-    case = Case(name, "default", FLOAT64, "sizes")
-
-    def trained(module, second):
-        first, *rest = case.parameters()
-        optimizer = getattr(module, name)([{"params": [first]}, {"params": rest} | second])
-        train_scaled(case, optimizer, prepared(make_scaler()), range(3), overflows=(1,))
-        return optimizer
-
-    with pytest.warns(UserWarning, match=FALLBACK):
-        ours = trained(fastopt, STOCK[engine][0])
-    assert_agrees_with_torch(ours, trained(torch.optim, {}))
 
 
 @every_optimizer

@@ -28,8 +28,10 @@ from cases import COMPLEX64, FLOAT32, FLOAT64, UNIFORM, Case, state_names
 from helpers import (
     ASKED_FOR_TORCH,
     FALLBACK,
+    HINTS,
     assert_agrees_with_torch,
     assert_equal,
+    every_hint,
     every_optimizer,
     pair,
     parameters,
@@ -37,7 +39,7 @@ from helpers import (
     train,
 )
 
-ENGINES = {"native": {}, "native fused=True": {"fused": True}} | {
+ENGINES = {f"native {hint}": options for hint, options in HINTS.items()} | {
     way: ours for way, (ours, _) in ASKED_FOR_TORCH.items()
 }
 every_engine = pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
@@ -703,15 +705,36 @@ def test_group_added_between_steps_is_stepped(name):
 
 
 @every_optimizer
-@pytest.mark.parametrize("fused", [None, True])
+@every_hint
 @pytest.mark.parametrize("dtypes", UNIFORM, ids=str)
-def test_native_engine_steps_without_torchs(name, fused, dtypes, stock_steps):
+def test_native_engine_steps_without_torchs_whatever_the_hint(name, hint, dtypes, stock_steps):
     case = Case(name, "everything", dtypes, "sizes")
-    optimizer = case.make_optimizer(case.parameters(), fastopt, fused=fused)
+    hinted = case.make_optimizer(case.parameters(), fastopt, **hint)
+    plain = case.make_optimizer(case.parameters(), fastopt)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(case, optimizer, range(2))
+        for optimizer in (hinted, plain):
+            train(case, optimizer, range(2))
+    assert_equal(snapshot(hinted), snapshot(plain))
     assert stock_steps == []
+
+
+@every_optimizer
+@every_hint
+def test_hint_in_a_group_or_a_checkpoint_chooses_nothing_and_stays(name, hint, stock_steps):
+    case = Case(name, "everything", FLOAT32, "sizes")
+    stock = case.make_optimizer(case.parameters(), torch.optim, **hint)
+    given = case.make_optimizer([{"params": case.parameters(), **hint}], fastopt, backend="cpu")
+    loaded = case.make_optimizer(case.parameters(), fastopt)
+    loaded.load_state_dict(stock.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for optimizer in (given, loaded):
+            train(case, optimizer, range(2))
+    assert stock_steps == []
+    for optimizer in (given, loaded):
+        for flag in ("fused", "foreach"):
+            assert optimizer.param_groups[0][flag] == stock.param_groups[0][flag]
 
 
 @every_optimizer

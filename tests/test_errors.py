@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 import fastopt
 from cases import BFLOAT16, COMPLEX64, FLOAT32, FLOAT64, Case, state_names
-from helpers import assert_equal, every_optimizer, parameters, snapshot, train
+from helpers import assert_equal, every_optimizer, parameters, snapshot, tensors_of, train
 
 # The constructor.
 
@@ -175,11 +175,6 @@ def _shorten_state(optimizer: Optimizer, param: Parameter) -> None:
     optimizer.state[param][key] = optimizer.state[param][key][:1].clone()
 
 
-def _retype_state(optimizer: Optimizer, param: Parameter) -> None:
-    key = state_names(optimizer)[0]
-    optimizer.state[param][key] = optimizer.state[param][key].double()
-
-
 def _integer_state(optimizer: Optimizer, param: Parameter) -> None:
     key = state_names(optimizer)[0]
     optimizer.state[param][key] = optimizer.state[param][key].long()
@@ -221,24 +216,56 @@ def _expand_the_parameter(optimizer: Optimizer, param: Parameter) -> None:
     param.data = param.data.flatten()[0].clone().expand(param.shape)
 
 
-def _retype_the_gradient(optimizer: Optimizer, param: Parameter) -> None:
+def _complex_gradient(optimizer: Optimizer, param: Parameter) -> None:
     param.grad_dtype = None
-    param.grad = param.grad.double()
+    param.grad = param.grad.to(torch.complex64)
+
+
+def _complex_step(optimizer: Optimizer, param: Parameter) -> None:
+    optimizer.state[param]["step"] = torch.zeros((), dtype=torch.complex64)
+
+
+def _text_step(optimizer: Optimizer, param: Parameter) -> None:
+    optimizer.state[param]["step"] = "two"
+
+
+def _free_the_parameter(optimizer: Optimizer, param: Parameter) -> None:
+    param.untyped_storage().resize_(0)
+
+
+def _free_the_gradient(optimizer: Optimizer, param: Parameter) -> None:
+    """A view into a freed buffer does not lie at address 0."""
+    flat = torch.ones(3 + param.numel())
+    param.grad = flat[3:].view(param.shape)
+    flat.untyped_storage().resize_(0)
+
+
+def _free_a_state(optimizer: Optimizer, param: Parameter) -> None:
+    optimizer.state[param][state_names(optimizer)[0]].untyped_storage().resize_(0)
 
 
 ANY_BREAKS = [
     _misshape_state,
     _shorten_state,
-    _retype_state,
     _integer_state,
     _complex_state,
     _expand_state,
     _meta_state,
     _text_state,
     _expand_the_parameter,
-    _retype_the_gradient,
+    _complex_gradient,
+    _free_the_parameter,
+    _free_the_gradient,
+    _free_a_state,
 ]
-ADAM_BREAKS = [*ANY_BREAKS, _lose_a_state, _lose_the_step, _misshape_the_step]
+ADAM_BREAKS = [
+    *ANY_BREAKS,
+    _lose_a_state,
+    _lose_the_step,
+    _misshape_the_step,
+    _complex_step,
+    _text_step,
+]
 BREAKS = {"Adam": ADAM_BREAKS, "AdamW": ADAM_BREAKS, "SGD": ANY_BREAKS}
 
 
@@ -263,25 +290,31 @@ def test_step_that_raises_names_the_parameter_and_changes_nothing(name, break_it
     case.set_gradients(params, 2)
     del optimizer.state[params[0]]  # this one would get new states in the same step
     break_it(optimizer, params[-1])
-    before = snapshot(optimizer)
+    before = _values(tensors_of(optimizer))
     versions = [param._version for param in params]
-    gradients = [param.grad.clone() for param in params]
+    gradients = [param.grad for param in params]
+    grads_before = _values([{"grad": param.grad} for param in params])
     at_last = len(optimizer.param_groups[1]["params"]) - 1
     named_as = f"layers.{len(params) - 1}.weight" if named else f"parameter {at_last} of group 1"
     with pytest.raises(ValueError, match=named_as):
         optimizer.step()
-    assert_equal(_comparable(snapshot(optimizer)), _comparable(before))
-    assert_equal([param.grad for param in params], gradients)
+    assert_equal(_values(tensors_of(optimizer)), before)
+    assert_equal(_values([{"grad": param.grad} for param in params]), grads_before)
+    assert all(param.grad is grad for param, grad in zip(params, gradients, strict=True))
     assert [param._version for param in params] == versions
     assert params[0] not in optimizer.state
 
 
-def _comparable(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Tensors on the meta device have no values and texts no elements to compare."""
-    return {
-        name: value if isinstance(value, torch.Tensor) and not value.is_meta else torch.zeros(0)
-        for name, value in tensors.items()
-    }
+def _values(tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Copies of what has values: no text, no tensor on the meta device or without memory."""
+    return [
+        {
+            name: value.detach().clone()
+            for name, value in named.items()
+            if isinstance(value, torch.Tensor) and not value.is_meta and value.data_ptr() > 4096
+        }
+        for named in tensors
+    ]
 
 
 @every_optimizer

@@ -196,9 +196,9 @@ def overlap(optimizer, param):
     param.data = torch.ones((), dtype=param.dtype).expand(param.shape)
 
 
-def mix_in_float64(optimizer, param):
+def mix_in_complex(optimizer, param):
     param.grad_dtype = None
-    param.grad = torch.ones(param.shape, dtype=torch.float64)
+    param.grad = torch.ones(param.shape, dtype=torch.complex64)
 
 
 def last_state(optimizer):
@@ -207,7 +207,7 @@ def last_state(optimizer):
 
 @given(
     float32_plans,
-    st.sampled_from([give_state_another_shape, make_state_integer, overlap, mix_in_float64]),
+    st.sampled_from([give_state_another_shape, make_state_integer, overlap, mix_in_complex]),
     st.booleans(),
 )
 def test_a_step_that_raises_has_changed_nothing(plan, sabotage, scaled):

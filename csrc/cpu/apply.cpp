@@ -22,9 +22,6 @@ namespace {
 // Elements converted at a time: five float buffers of it stay in the L1 cache.
 constexpr int64_t kBlock = 1024;
 
-// Fewer elements than this run on the calling thread: waking others costs more than they save.
-constexpr int64_t kSerial = 32768;
-
 // Calls visit(i, offset) for i in [0, n), offset being where element begin + i lies.
 template <class Visit>
 inline void walk(const Layout& w, int64_t begin, int64_t n, Visit visit) {

@@ -5,6 +5,9 @@
 
 namespace fastopt::cpu {
 
+// Fewer elements than this run on the calling thread: waking others costs more than they save.
+constexpr int64_t kSerial = 32768;
+
 // What apply.cpp reads. Raw pointers only: apply.cpp is compiled once per instruction set, and any
 // inline function of the standard library in it could reach processors that lack the instructions.
 struct Work {

@@ -63,10 +63,6 @@ __device__ double read(const Number& number) {
   return 0;
 }
 
-__host__ __device__ int64_t layout_size(int64_t ndim, int states) {
-  return 1 + ndim * (1 + kState + states);
-}
-
 template <class E>
 __device__ double count_step(void* step, bool skip) {
   const E next = *static_cast<E*>(step) + 1;

@@ -15,9 +15,10 @@ struct Adam {
   static constexpr int kFewestStates = 2;
   static constexpr bool kCountsSteps = true;
 
-  // A param group's values under kOptions, in this order; a pair such as betas fills two.
+  // A param group's values under kOptions, in this order; the two of a pair have its name.
   static constexpr const char* kOptions[] = {
-      "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"};
+      "lr",           "betas",   "betas",    "eps",
+      "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"};
   struct Options {
     double lr, beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay;
   };

@@ -18,16 +18,28 @@
 
 namespace fastopt {
 
-// beta^t for t = 1, 2, 3, ... by repeated squaring; libm's pow differs between host and device.
+FASTOPT_RULE float square_root(float x) { return sqrtf(x); }
+FASTOPT_RULE double square_root(double x) { return sqrt(x); }
+
+// beta^t, where libm's pow differs between host and device: the whole part of t by repeated
+// squaring, and a fraction, which averaged counts have, by square roots from its last bit up.
 FASTOPT_RULE double power(double beta, double t) {
+  if (t != t) return t;
+  const double magnitude = t < 0 ? -t : t;
+  const double kept = magnitude < 9e15 ? magnitude : 9e15;  // past 2^53 a count no longer grows
+  auto whole = static_cast<unsigned long long>(kept);
+  auto fraction = static_cast<unsigned long long>((kept - static_cast<double>(whole)) * 0x1p53);
   double result = 1;
-  // Past 2^53 a count no longer grows; a negative one, which only a broken checkpoint has, counts
-  // 0.
-  for (auto n = static_cast<unsigned long long>(t < 0 ? 0 : t < 9e15 ? t : 9e15); n; n >>= 1) {
-    if (n & 1) result *= beta;
-    beta *= beta;
+  if (fraction) {
+    for (int bit = 0; bit < 53; ++bit, fraction >>= 1) {
+      result = square_root(fraction & 1 ? result * beta : result);
+    }
   }
-  return result;
+  for (double square = beta; whole; whole >>= 1) {
+    if (whole & 1) result *= square;
+    square *= square;
+  }
+  return t < 0 ? 1 / result : result;
 }
 
 // a * b + c rounded once, wherever torch's own fused steps do: on CPUs with FMA the results are
@@ -65,8 +77,5 @@ template <class T>
 FASTOPT_RULE T maximum(T a, T b) {
   return b > a || b != b ? b : a;
 }
-
-FASTOPT_RULE float square_root(float x) { return sqrtf(x); }
-FASTOPT_RULE double square_root(double x) { return sqrt(x); }
 
 }  // namespace fastopt

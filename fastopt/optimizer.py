@@ -154,6 +154,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if (
                     _profiler_enabled()
                     or profiler._is_profiler_enabled  # in any thread: it may look into this one
+                    or torch._C._len_torch_dispatch_stack()
                     or self._optimizer_step_pre_hooks
                     or self._optimizer_step_post_hooks
                     or _global_optimizer_pre_hooks

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -23,8 +24,13 @@ _GRAPH_CAPTURE_CHECK = (
     else "_cuda_graph_capture_health_check"
 )
 
-# torch.compile breaks the graph here instead of trying to trace native code.
-_opaque_step = torch.compiler.disable(_C.step)  # type: ignore[no-untyped-call]
+
+# torch.compiler.disable imports all of torch._dynamo at once; torch's own lazy form does so in the
+# first call.
+@_disable_dynamo
+def _opaque_step(*args: Any) -> str | None:
+    """torch.compile breaks the graph here instead of trying to trace native code."""
+    return _C.step(*args)
 
 
 def _why_not_triton() -> str | None:

@@ -207,3 +207,17 @@ except ImportError as error:
 """
     said = run(sys.executable, "-c", program)
     assert said == "fastopt needs torch >= 2.10; pip install -U torch\n"
+
+
+def test_import_loads_nothing_but_fastopt_beyond_torch():
+    """Above all not torch._dynamo, sympy and triton, which take as long as torch itself."""
+    program = """
+import sys
+import torch
+loaded_by_torch = set(sys.modules)
+import fastopt
+print(*set(sys.modules) - loaded_by_torch)
+"""
+    packages = {module.split(".")[0] for module in run(sys.executable, "-c", program).split()}
+    assert "fastopt" in packages
+    assert packages - sys.stdlib_module_names == {"fastopt"}

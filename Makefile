@@ -6,14 +6,14 @@ RUN := $(BIN)/python
 # OpenMP threads that spin while they wait slow each other down wherever tests share a machine.
 PATIENT := OMP_WAIT_POLICY=passive
 
-.PHONY: help install finetune finetune-all test lint format bench gpu sanitize wheel clean
+.PHONY: help install finetune finetune-all test newcomer lint format bench gpu sanitize wheel clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/installed  ## make .venv and build fastopt in it
 
-# torch first and pinned: pip would otherwise choose a build of several gigabytes.
+# torch has its own stamp: it is gigabytes, and its version changes more seldom than the sources.
 $(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q --upgrade pip
@@ -32,6 +32,9 @@ finetune-all: install  ## fine-tune every task; a page of all in bench/results (
 
 test: install  ## run the test suite (ARGS=...)
 	$(PATIENT) $(RUN) -m pytest $(ARGS)
+
+newcomer:  ## install, test and fine-tune as one without our settings (16 GB of disk, an hour)
+	tests/newcomer.sh
 
 CPP = $(shell git ls-files '*.cpp' '*.h' '*.cu')
 lint: install  ## ruff, mypy, clang-format

@@ -570,8 +570,8 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("fastopt", "torch", "transformers", "accelerate", "peft", "numpy"):
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("fastopt", "transformers", "accelerate", "peft", "numpy"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -215,7 +215,7 @@ def facts(device: str) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "commit": machine.commit(),
         "python": platform.python_version(),
-        "torch": machine.version("torch"),
+        "torch": torch.__version__,
         "triton": machine.version("triton"),
     }
     if device == "cuda":

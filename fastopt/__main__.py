@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -61,7 +62,12 @@ def openmp_runtimes() -> list[str] | None:
     if not maps.exists():
         return None
     paths = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if "/" in line}
-    return sorted(path for path in paths if "omp" in Path(path).name.split(".so")[0])
+    return sorted(filter(is_openmp_runtime, paths))
+
+
+def is_openmp_runtime(path: str) -> bool:
+    """Whether it is GNU's, LLVM's, Intel's or NVIDIA's; wheels put a hash into the name."""
+    return bool(re.match(r"lib(gomp|omp|iomp5|nvomp)(-[0-9a-f]+)?\.so\b", Path(path).name))
 
 
 def report() -> dict[str, Any]:

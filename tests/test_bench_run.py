@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
@@ -119,7 +120,8 @@ def test_the_report_says_what_was_measured_and_how_each_part_ended(dry_run):
     out, _ = dry_run
     (file,) = out.glob("*.json")
     report = json.loads(file.read_text())
-    assert {"machine", "date", "commit", "python", "torch", "triton", "fastopt"} <= set(report)
+    assert {"machine", "date", "commit", "python", "triton", "fastopt"} <= set(report)
+    assert report["torch"] == torch.__version__
     assert [(p["name"], p["outcome"]) for p in report["parts"]] == [
         ("every workload", "passed"),
         ("tables", "passed"),

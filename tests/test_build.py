@@ -11,6 +11,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastopt import _C
 
@@ -148,6 +149,28 @@ def test_missing_compiler_is_said_in_one_sentence(checkout, build_tools, tmp_pat
     assert "Traceback" not in done.stderr
 
 
+@pytest.fixture
+def venv(tmp_path):
+    """Of a user who has torch, and nothing of ours: the environment in which its programs run."""
+    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    # Of the one that runs this, only the packages: a .pth file in there, as of -e, is not read.
+    (site / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
+    path = f"{tmp_path / 'venv' / 'bin'}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "FASTOPT_CUDA": "OFF"}
+
+
+@pytest.mark.network
+def test_readme_installs_a_clone_that_works_in_its_own_folder(checkout, venv):
+    _, _, install = (ROOT / "README.md").read_text().partition("\n## Install\n")
+    commands = install.split("```sh\n")[1].split("```")[0]
+    assert "pip install" in commands
+    said = run("sh", "-ec", commands, cwd=checkout, env=venv)
+    assert said.endswith("healthy\n")
+    where = run("python", "-c", "import fastopt; print(fastopt.__file__)", cwd=checkout, env=venv)
+    assert where == f"{checkout}/fastopt/__init__.py\n"
+
+
 OLD_NVCC = "echo release 12.3, V12.3.107"
 NVCC_FOR_ANOTHER_COMPILER = """
 case $1 in
@@ -221,3 +244,13 @@ print(*set(sys.modules) - loaded_by_torch)
     packages = {module.split(".")[0] for module in run(sys.executable, "-c", program).split()}
     assert "fastopt" in packages
     assert packages - sys.stdlib_module_names == {"fastopt"}
+
+
+@pytest.mark.parametrize("command", [["-c", "import fastopt"], ["-m", "fastopt"]])
+def test_clone_that_hides_what_is_installed_says_what_to_do(command, checkout):
+    done = subprocess.run([sys.executable, *command], cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"ImportError: {checkout}/fastopt has no native core for this Python; if it is part of a "
+        "clone, run `pip install -e .` there, or start Python elsewhere to import what is installed"
+    )

@@ -1,8 +1,10 @@
 """`python -m fastopt`: what it reports, and by its exit code whether all is well."""
 
 import json
+import mmap
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +72,42 @@ def test_optimizer_that_disagrees_with_torch_is_exit_code_1(main, monkeypatch):
     assert "self-test AdamW float32 on cpu: differs from torch.optim by" in printed
     assert "self-test Adam float32 on cpu: agrees" in printed
     assert printed.endswith("NOT healthy: see above\n")
+
+
+@pytest.mark.parametrize(
+    ("path", "is_one"),
+    [
+        ("/usr/lib/x86_64-linux-gnu/libgomp.so.1.0.0", True),
+        ("/v/torch/lib/libgomp-24e2ab19.so.1", True),
+        ("/v/scikit_learn.libs/libgomp-a34b3233.so.1.0.0", True),
+        ("/usr/lib/llvm-14/lib/libomp.so.5", True),
+        ("/opt/conda/lib/libomp.so (deleted)", True),
+        ("/v/faiss.libs/libomp-0d6ed8f9.so.5", True),
+        ("/opt/intel/lib/libiomp5.so", True),
+        ("/opt/nvidia/hpc_sdk/compilers/lib/libnvomp.so", True),
+        ("/usr/lib/x86_64-linux-gnu/libnvidia-ptxjitcompiler.so.580.95.05", False),
+        ("/usr/lib/x86_64-linux-gnu/libXcomposite.so.1.0.0", False),
+        ("/usr/lib/x86_64-linux-gnu/libcomposefs.so.1", False),
+        ("/usr/lib/x86_64-linux-gnu/libcomps.so.0", False),
+        ("/usr/lib/x86_64-linux-gnu/libompl.so.16", False),
+        ("/usr/lib/llvm-14/lib/libomptarget.so.14", False),
+        ("/usr/lib/llvm-14/lib/libompd.so", False),
+        ("/usr/lib/gcc/x86_64-linux-gnu/12/libgomp-plugin-nvptx.so.1", False),
+        ("/opt/intel/lib/libiompstubs5.so", False),
+        ("/opt/mkl/lib/libmkl_gnu_thread.so.2", False),
+        ("/v/torch/_C/compiled.cpython-311-x86_64-linux-gnu.so", False),
+        ("/home/libgomp.so.1/libz.so.1", False),
+    ],
+)
+def test_openmp_runtimes_are_known_by_name(path, is_one, tmp_path):
+    assert cli.is_openmp_runtime(path) is is_one
+
+    before = cli.openmp_runtimes()
+    library = tmp_path / Path(path).name
+    library.write_bytes(b"ELF")
+    with library.open() as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ):
+        mapped = cli.openmp_runtimes()
+    assert set(mapped) - set(before) == ({str(library)} if is_one else set())
 
 
 def test_second_openmp_runtime_is_exit_code_1(main, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed import checkpoint
 from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_reduce
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
@@ -215,6 +217,63 @@ def test_distributed_checkpoint_goes_between_fastopt_and_torch(name, writer, rea
     set_optimizer_state_dict(resumed, its_optimizer, get_optimizer_state_dict(model, optimizer))
     train(resumed, its_optimizer, range(3, 6))
     assert_close_to_torch(name, resumed, range(6))
+
+
+MOMENTS = {"Adam": "exp_avg", "AdamW": "exp_avg", "SGD": "momentum_buffer"}
+
+
+@every_optimizer
+@pytest.mark.parametrize("read_into", [torch.bfloat16, torch.float32], ids=str)
+def test_distributed_checkpoint_keeps_the_states_of_the_dict_it_is_read_into(
+    name, read_into, mesh, tmp_path
+):
+    """torch makes that dict of a fresh optimizer's states; float32 ones take float32 back."""
+
+    def prepared():
+        model = make_model().bfloat16()
+        return model, make_optimizer(name, model)
+
+    def moments(optimizer):
+        return [state[MOMENTS[name]] for state in optimizer.state.values()]
+
+    model, optimizer = prepared()
+    set_gradients(model, 0)
+    optimizer.step()
+    for state in optimizer.state.values():
+        state.update({key: value.float() / 3 for key, value in state.items() if key != "step"})
+    checkpoint.save({"o": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path)
+
+    resumed, its_optimizer = prepared()
+    found = get_optimizer_state_dict(resumed, its_optimizer)
+    for state in found["state"].values():
+        state.update({key: value.to(read_into) for key, value in state.items() if key != "step"})
+    checkpoint.load({"o": found}, checkpoint_id=tmp_path)
+    set_optimizer_state_dict(resumed, its_optimizer, found)
+    assert_equal(moments(its_optimizer), [moment.to(read_into) for moment in moments(optimizer)])
+
+
+@every_optimizer
+def test_torch_says_that_it_has_no_functional_form_of_our_classes(name, mesh):
+    model = DistributedDataParallel(make_model())
+    with pytest.raises(ValueError, match=f"fastopt.*{name}.* does not have a functional counter"):
+        model._register_fused_optim(getattr(fastopt, name), lr=0.1)
+    with pytest.raises(ValueError, match=f"no supported functional .*fastopt.*{name}"):
+        ZeroRedundancyOptimizer(
+            model.parameters(), getattr(fastopt, name), overlap_with_ddp=True, lr=0.1
+        )
+
+
+@every_optimizer
+def test_zero_redundancy_optimizer_is_the_plain_training_loop(name, mesh):
+    model = make_model()
+    train(
+        model,
+        ZeroRedundancyOptimizer(model.parameters(), getattr(fastopt, name), **OPTIONS[name]),
+        range(3),
+    )
+    plain = make_model()
+    train(plain, make_optimizer(name, plain), range(3))
+    assert_equal(wholes(model), wholes(plain))
 
 
 # Two processes.

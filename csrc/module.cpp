@@ -275,20 +275,16 @@ py::object find(py::handle mapping, py::handle key) {
   return py::reinterpret_borrow<py::object>(found);
 }
 
-// torch hashes a tensor by its address, through a Python call.
-Py_hash_t hash_of(py::handle tensor) {
-  return static_cast<Py_hash_t>(reinterpret_cast<uintptr_t>(tensor.ptr()));
-}
-
-// optimizer.state[param], or null. Looking the hash up directly finds the same entry faster, and
-// what it misses is asked for in full.
+// optimizer.state[param], or null. torch hashes a tensor by its address, through a Python call;
+// looking that hash up directly finds the same entry faster.
 py::object find_entry(py::handle state, py::handle param) {
-  if (is_dict(state)) {
-    PyObject* const found = _PyDict_GetItem_KnownHash(state.ptr(), param.ptr(), hash_of(param));
-    if (found) return py::reinterpret_borrow<py::object>(found);
-    if (PyErr_Occurred()) throw py::error_already_set();
-  }
-  return find(state, param);
+  if (!is_dict(state) || !torch().is_plain(param.ptr())) return find(state, param);
+  const auto hash = static_cast<Py_hash_t>(reinterpret_cast<uintptr_t>(param.ptr()));
+  PyObject* const found = _PyDict_GetItem_KnownHash(state.ptr(), param.ptr(), hash);
+  if (PyErr_Occurred()) throw py::error_already_set();
+  static const bool hashes_by_address = py::hash(param) == hash;
+  if (!found && !hashes_by_address) return find(state, param);
+  return py::reinterpret_borrow<py::object>(found);
 }
 
 // An option's value as a Python float, or the tensor that holds it.

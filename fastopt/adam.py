@@ -28,13 +28,15 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         eps: added to the denominator (default: 1e-8).
         weight_decay: L2 penalty :math:`\lambda` (default: 0).
         amsgrad: divide by the largest :math:`v` so far (default: False).
-        foreach: True takes torch's foreach step (default: None).
+        foreach: a hint of torch's that chooses nothing here (default: None).
         maximize: ascend instead of descend (default: False).
         capturable: keep the step count on the accelerator for graph capture (default: False).
-        differentiable: True takes torch's differentiable step (default: False).
-        fused: None and True take fastopt's kernels, False torch's loop (default: None).
+        differentiable: True takes torch's own step (default: False).
+        fused: a hint likewise, but True leaves unscaling to the step under GradScaler
+            (default: None).
         decoupled_weight_decay: decay as AdamW does (default: False).
-        backend: "cpu", "cuda", "triton" or "torch"; None picks by device (default: None).
+        backend: "cpu", "cuda", "triton" or, for torch's own step, "torch"; None picks by device
+            (default: None).
 
     Raises:
         ValueError, RuntimeError: torch's own, for arguments out of range or at odds.
@@ -100,11 +102,13 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         weight_decay: decoupled decay :math:`\lambda` (default: 1e-2).
         amsgrad: divide by the largest :math:`v` so far (default: False).
         maximize: ascend instead of descend (default: False).
-        foreach: True takes torch's foreach step (default: None).
+        foreach: a hint of torch's that chooses nothing here (default: None).
         capturable: keep the step count on the accelerator for graph capture (default: False).
-        differentiable: True takes torch's differentiable step (default: False).
-        fused: None and True take fastopt's kernels, False torch's loop (default: None).
-        backend: "cpu", "cuda", "triton" or "torch"; None picks by device (default: None).
+        differentiable: True takes torch's own step (default: False).
+        fused: a hint likewise, but True leaves unscaling to the step under GradScaler
+            (default: None).
+        backend: "cpu", "cuda", "triton" or, for torch's own step, "torch"; None picks by device
+            (default: None).
 
     Raises:
         ValueError, RuntimeError: torch's own, for arguments out of range or at odds.

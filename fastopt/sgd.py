@@ -27,10 +27,12 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         weight_decay: L2 penalty :math:`\lambda` (default: 0).
         nesterov: look ahead along the momentum; needs momentum and no dampening (default: False).
         maximize: ascend instead of descend (default: False).
-        foreach: True takes torch's foreach step (default: None).
-        differentiable: True takes torch's differentiable step (default: False).
-        fused: None and True take fastopt's kernels, False torch's loop (default: None).
-        backend: "cpu", "cuda", "triton" or "torch"; None picks by device (default: None).
+        foreach: a hint of torch's that chooses nothing here (default: None).
+        differentiable: True takes torch's own step (default: False).
+        fused: a hint likewise, but True leaves unscaling to the step under GradScaler
+            (default: None).
+        backend: "cpu", "cuda", "triton" or, for torch's own step, "torch"; None picks by device
+            (default: None).
 
     Raises:
         ValueError, RuntimeError: torch's own, for arguments out of range or at odds.

@@ -1,6 +1,6 @@
 """The native core (csrc/module.cpp)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -9,8 +9,8 @@ build: dict[str, str]
 
 def step(
     rule: str,
-    param_groups: list[dict[str, Any]],
-    state: dict[Any, Any],
+    param_groups: Iterable[Mapping[str, Any]],
+    state: MutableMapping[Any, Any],
     grad_scale: Tensor | float | None,
     found_inf: Tensor | float | None,
     threads: int,
@@ -18,9 +18,6 @@ def step(
     launch_triton: Callable[..., None],
 ) -> str | None:
     """One step over all groups; returns why torch must make it instead, having changed nothing."""
-
-def why_not(param_groups: list[dict[str, Any]], backend: str | None) -> str | None:
-    """What ``step`` would return, without making the step."""
 
 def why_not_cuda(index: int = 0) -> str:
     """Why this build's CUDA kernels cannot run on a device; empty where they can."""

@@ -365,9 +365,7 @@ def sequence_parallel(rank: int) -> None:
             optimizer.grad_scale = None
             reference.step()
             assert block[0].weight.grad is pending
-            torch.testing.assert_close(
-                whole(pending), stock[0].weight.grad, rtol=1e-10, atol=1e-12
-            )
+            torch.testing.assert_close(whole(pending), stock[0].weight.grad, rtol=1e-10, atol=1e-12)
             torch.testing.assert_close(wholes(block), wholes(stock), rtol=1e-10, atol=1e-12)
 
 

@@ -3,6 +3,7 @@
 import collections
 import copy
 import signal
+import subprocess
 import sys
 import threading
 import warnings
@@ -808,11 +809,73 @@ def test_large_and_small_new_states_are_zero_and_their_own(name):
     assert_same_tensors(optimizer, copy.deepcopy(optimizer), rtol=0, atol=0)
 
 
-def test_device_that_torch_names_by_another_name_is_not_called_cuda():
-    """Any PrivateUse1 device: no backend is asked for by another's name, and nothing is left."""
-    param = Parameter(torch.ones(3, device="meta", dtype=torch.float32))
-    param.grad = torch.ones_like(param)
-    optimizer = fastopt.AdamW([param], backend="cpu")
-    with pytest.raises(RuntimeError, match="meta"):
+PRIVATE_USE = """
+import ctypes, warnings
+import torch
+
+class DLTensor(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("device_type", ctypes.c_int32)]
+
+class API(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in "version older new from to read stream".split()]
+
+get, new = ctypes.pythonapi.PyCapsule_GetPointer, ctypes.pythonapi.PyCapsule_New
+get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p] * 3
+NAME = ctypes.create_string_buffer(b"dlpack_exchange_api")
+capsule = torch.Tensor.__dlpack_c_exchange_api__
+api = API.from_buffer_copy(API.from_address(get(capsule, NAME.value)))
+READ = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(DLTensor))
+original = READ(api.read)
+
+@READ
+def read(tensor, out):
+    code = original(tensor, out)
+    if code == 0:
+        out.contents.device_type = 12  # kDLExtDev: NPUs, HPUs
+    return code
+
+api.read = ctypes.cast(read, ctypes.c_void_p)
+torch.Tensor.__dlpack_c_exchange_api__ = new(ctypes.addressof(api), ctypes.addressof(NAME), None)
+import fastopt
+
+param = torch.nn.Parameter(torch.zeros(3))
+param.grad = torch.ones(3)
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    fastopt.AdamW([param], lr=1.0).step()
+assert len(told) == 1 and "cuda tensors" not in str(told[0].message), told
+assert (param < -0.9).all(), param
+
+optimizer = fastopt.AdamW([param], backend="cpu")
+try:
+    optimizer.step()
+except RuntimeError as error:
+    assert "cannot make this step" in str(error), error
+else:
+    raise AssertionError("stepped on memory that is no CPU's")
+assert not optimizer.state
+"""
+
+
+def test_device_of_no_backend_is_called_by_its_name_and_stepped_by_torch():
+    """DLPack calls every device that it has no name for an extension's."""
+    subprocess.run([sys.executable, "-c", PRIVATE_USE], check=True, timeout=120)
+
+
+def test_states_of_a_step_that_a_device_refuses_are_not_kept(monkeypatch):
+    """Those of the tables before it are: their parameters have been stepped."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    params = [Parameter(torch.ones(3)), Parameter(torch.ones(3, dtype=torch.float64))]
+    optimizer = fastopt.AdamW(params, backend="triton")
+    for param in params:
+        param.grad = torch.ones_like(param)
+
+    def refuse(_, rule, table):
+        if table.place == 1:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(fastopt.triton, "launch", refuse)
+    with pytest.raises(ZeroDivisionError):
         optimizer.step()
-    assert not optimizer.state
+    assert list(optimizer.state) == params[:1]

@@ -534,19 +534,20 @@ class Step {
   }
 
   void read_state(const Member& member, const py::object& value, PyObject* key, DLTensor* out) {
-    const std::string name = "state '" + text(key) + "'";
-    if (!value || !torch_.is_tensor(value)) {
-      throw std::invalid_argument(
-          value ? name + " is not a tensor; load_state_dict makes it one"
-                : name + " is missing, though others are there (was amsgrad turned on mid-run?); " +
-                      "delete the parameter's state to start it anew");
+    const auto refuse = [&](const std::string& why) {
+      throw std::invalid_argument("state '" + text(key) + "' " + why);
+    };
+    if (!value) {
+      refuse(
+          "is missing, though others are there (was amsgrad turned on mid-run?); delete the "
+          "parameter's state to start it anew");
     }
+    if (!torch_.is_tensor(value)) refuse("is not a tensor; load_state_dict makes it one");
     py::handle memory;
     try {
-      memory = reader_.read(member.param, value, name.c_str(), out);
+      memory = reader_.read(member.param, value, PyUnicode_AsUTF8(key), out);
     } catch (const NotOurs& error) {
-      throw std::invalid_argument(name + " cannot be read: " + error.reason +
-                                  "; load a state_dict of this very model");
+      refuse("cannot be read: " + error.reason + "; load a state_dict of this very model");
     }
     if (torch_.is_lazy(memory)) throw NotOurs{"a state is a conjugate or negative view"};
   }

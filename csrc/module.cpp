@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cctype>
+#include <cstdlib>
 #include <limits>
 #include <optional>
 #include <set>
@@ -29,9 +31,14 @@ struct Names {
   };
   PyObject* grad = PyUnicode_InternFromString("grad");
   PyObject* params = PyUnicode_InternFromString("params");
-  PyObject* step = PyUnicode_InternFromString("step");
   std::vector<std::vector<Option>> options;  // of each rule
-  std::vector<std::vector<PyObject*>> states;
+  std::vector<std::vector<PyObject*>> counts, states;
+
+  static std::vector<PyObject*> interned(const std::vector<State>& states) {
+    std::vector<PyObject*> keys;
+    for (const State& state : states) keys.push_back(PyUnicode_InternFromString(state.name));
+    return keys;
+  }
 
   Names() {
     const std::set<std::string> flags = {"amsgrad", "centered", "decoupled_weight_decay",
@@ -43,8 +50,8 @@ struct Names {
         if (!known.empty()) known.back().in_pair = known.back().key == key;
         known.push_back({key, false, flags.count(name) > 0});
       }
-      std::vector<PyObject*>& keys = states.emplace_back();
-      for (const char* name : rule.states) keys.push_back(PyUnicode_InternFromString(name));
+      counts.push_back(interned(rule.counts));
+      states.push_back(interned(rule.states));
     }
   }
 };
@@ -139,9 +146,9 @@ class Devices {
 // A parameter that takes part in a step, with all that belongs to it. The references keep memory
 // alive: while the GIL is released other threads may replace gradients and states.
 struct Member {
-  int group, index;  // its place in param_groups
-  py::object param, grad, state[kMaxStates], step;
-  bool fresh = false;   // it has no states yet
+  int group, index;                          // its place in param_groups
+  py::object param, grad, kept[kMaxPlaces];  // what is kept of it, at its place in the slot
+  bool fresh = false;                        // it has no states yet
   bool keeps = false;   // its states here are not those in the optimizer: made anew for this step
   bool copied = false;  // not its gradient is stepped with, but a copy that memory shows as it is
   bool stepped = false;
@@ -357,7 +364,7 @@ class Step {
     for (const py::handle param_group : param_groups) {
       const auto group = static_cast<int>(options_.size());
       options_.push_back(read_options(rule_index_, param_group, group));
-      states_.push_back(states_of(options_.back()));
+      kept_.push_back(kept_with(param_group, options_.back()));
       collect(param_group, group, members_);
     }
     if (has_duplicates(members_)) throw NotOurs{"a parameter is given twice"};
@@ -373,7 +380,7 @@ class Step {
       }
     }
     if (!in_slots_order(threads)) {
-      tables_ = in_turn(std::move(tables_), rule_.counts_steps, rescale_);
+      tables_ = in_turn(std::move(tables_), rescale_);
     }
     for (const Table& table : tables_) {
       scaling_.push_back(
@@ -386,7 +393,7 @@ class Step {
   // not tell later that they still are.
   bool overflowed() {
     const auto on_cpu = [&](const Table& table) { return backend_of(table) == Backend::kCpu; };
-    const auto untold = [&](const Member& member) { return member.fresh && !rule_.counts_steps; };
+    const auto untold = [&](const Member& member) { return member.fresh && rule_.counts.empty(); };
     const bool must_know = !torch_.is_tensor(found_inf_) ||
                            std::any_of(tables_.begin(), tables_.end(), on_cpu) ||
                            std::any_of(members_.begin(), members_.end(), untold);
@@ -415,11 +422,16 @@ class Step {
     int group;
     DLDevice device;
   };
+  // What the rule keeps of every parameter in a group.
+  struct Kept {
+    int place;  // in a slot
+    PyObject* key;
+    const State* state;
+    py::object first;  // its values before the first step
+  };
   struct Scaling {
     Number found_inf, grad_scale;
   };
-
-  const std::vector<PyObject*>& keys() const { return names().states[rule_index_]; }
 
   Backend backend_of(const Table& table) const { return devices_.backend_of(table.device); }
 
@@ -429,13 +441,33 @@ class Step {
   }
 
   // Values on an accelerator count as not zero here: a state too many does no harm.
-  int states_of(const std::vector<py::object>& options) const {
+  std::vector<Kept> kept_with(py::handle param_group,
+                              const std::vector<py::object>& options) const {
     Group group{};
     for (size_t i = 0; i < options.size(); ++i) {
       group.options[i].value =
           on_host(options[i]) ? number(options[i]) : std::numeric_limits<double>::quiet_NaN();
     }
-    return rule_.states_used(group);
+    std::vector<Kept> kept;
+    const auto keep = [&](int place, PyObject* key, const State& state) {
+      const bool is_number = std::isdigit(static_cast<unsigned char>(*state.first));
+      kept.push_back(
+          {place, key, &state,
+           is_number ? py::float_(std::atof(state.first)) : py::object(param_group[state.first])});
+    };
+    for (size_t i = 0; i < rule_.counts.size(); ++i) {
+      keep(count_place(static_cast<int>(i)), names().counts[rule_index_][i], rule_.counts[i]);
+    }
+    const unsigned used = rule_.states_used(group);
+    int place = kState;
+    for (size_t i = 0; i < rule_.states.size(); ++i) {
+      if (used >> i & 1) keep(place++, names().states[rule_index_][i], rule_.states[i]);
+    }
+    return kept;
+  }
+
+  bool is_count(const Kept& kept) const {
+    return kept.place > count_place(static_cast<int>(rule_.counts.size()));
   }
 
   // Whether slots are updated one after another, as torch does, be their memory shared or not.
@@ -479,8 +511,7 @@ class Step {
   }
 
   void find_states(Member& member) {
-    const int count = states_[member.group];
-    if (count == 0 && !rule_.counts_steps) return;
+    if (kept_[member.group].empty()) return;
     const py::object entry = find_entry(state_, member.param);
     bool any = false;
     // A state that is None counts as missing: so SGD's checkpoints have it before the first step.
@@ -490,38 +521,41 @@ class Step {
       any = any || value;
       return value;
     };
-    for (int i = 0; i < count; ++i) member.state[i] = get(keys()[i]);
-    if (rule_.counts_steps) member.step = get(names().step);
+    for (const Kept& kept : kept_[member.group]) member.kept[kept.place] = get(kept.key);
     member.fresh = member.keeps = !any;
   }
 
   FASTOPT_PREFETCHES void prefetch_all(const Member& member, Ahead ahead) const {
     torch_.prefetch(member.param.ptr(), ahead);
     torch_.prefetch(member.grad.ptr(), ahead);
-    for (const py::object& state : member.state) torch_.prefetch(state.ptr(), ahead);
-    torch_.prefetch(member.step.ptr(), ahead);
+    for (const py::object& kept : member.kept) torch_.prefetch(kept.ptr(), ahead);
   }
 
   void add(int index) {
     Member& member = members_[index];
     Tensors tensors;
-    tensors.states = states_[member.group];
+    tensors.counts = static_cast<int>(rule_.counts.size());
+    tensors.states = static_cast<int>(kept_[member.group].size()) - tensors.counts;
     DLTensor& param = tensors.at[kParam];
     read_param(member, &param);
     reader_.read_grad(member, param, &tensors.at[kGrad]);
     if (member.fresh && !made_states_) make_states();
-    for (int i = 0; i < tensors.states; ++i) {
-      DLTensor* const state = &tensors.at[kState + i];
-      read_state(member, member.state[i], keys()[i], state);
-      if (in_double(*state) != in_double(param)) {  // the model was cast to or from float64
-        member.state[i] = helper("fastopt.tensors", "recast")(member.state[i], member.param);
+    for (const Kept& kept : kept_[member.group]) {
+      tensors.names[kept.place] = kept.state->name;
+      DLTensor* const out = &tensors.at[kept.place];
+      if (is_count(kept)) {
+        read_count(member, kept, param.device, out);
+        continue;
+      }
+      py::object& value = member.kept[kept.place];
+      read_state(member, value, kept, out);
+      if (in_double(*out) != in_double(param)) {  // the model was cast to or from float64
+        value = helper("fastopt.tensors", "recast")(value, member.param);
         member.keeps = true;
-        read_state(member, member.state[i], keys()[i], state);
+        read_state(member, value, kept, out);
       }
     }
-    if (rule_.counts_steps) read_step(member, param.device, &tensors.step);
-    add_slot(tables_, rule_, tensors, index, group_on(member.group, param.device), member.fresh,
-             rescale_);
+    add_slot(tables_, tensors, index, group_on(member.group, param.device), member.fresh, rescale_);
   }
 
   void read_param(const Member& member, DLTensor* out) {
@@ -533,8 +567,8 @@ class Step {
     devices_.meet(out->device, member.param);
   }
 
-  void read_state(const Member& member, const py::object& value, PyObject* key, DLTensor* out) {
-    const std::string name = "state '" + text(key) + "'";
+  void read_state(const Member& member, const py::object& value, const Kept& kept, DLTensor* out) {
+    const std::string name = "state '" + std::string(kept.state->name) + "'";
     if (!value || !torch_.is_tensor(value)) {
       throw std::invalid_argument(
           value ? name + " is not a tensor; load_state_dict makes it one"
@@ -552,39 +586,39 @@ class Step {
   }
 
   // The count beside its parameter, in a dtype that can count.
-  void read_step(Member& member, DLDevice device, DLTensor* out) {
-    if (!member.step || torch_.is_tensor(member.step)) {
-      read_state(member, member.step, names().step, out);
+  void read_count(Member& member, const Kept& kept, DLDevice device, DLTensor* out) {
+    py::object& value = member.kept[kept.place];
+    if (!value || torch_.is_tensor(value)) {
+      read_state(member, value, kept, out);
       const bool counts = out->dtype.code == kDLFloat && out->dtype.bits >= 32;
       if (counts && same(out->device, device)) return;
     }
-    member.step = helper("fastopt.tensors", "count")(member.step, devices_.torch_device(device));
+    value = helper("fastopt.tensors", "count")(value, devices_.torch_device(device));
     member.keeps = true;
-    read_state(member, member.step, names().step, out);
+    read_state(member, value, kept, out);
   }
 
-  // New states for all parameters that have none; one Python call for those that keep as many.
+  // New states for all parameters that have none: one Python call a group.
   void make_states() {
     made_states_ = true;
-    for (int count = 0; count <= kMaxStates; ++count) {
-      py::list params, wanted;
+    for (size_t begin = 0, end; begin < members_.size(); begin = end) {
+      const int group = members_[begin].group;
+      py::list params;
       std::vector<Member*> fresh;
-      for (Member& member : members_) {
-        if (!member.fresh || states_[member.group] != count) continue;
-        fresh.push_back(&member);
-        params.append(member.param);
+      for (end = begin; end < members_.size() && members_[end].group == group; ++end) {
+        if (!members_[end].fresh) continue;
+        fresh.push_back(&members_[end]);
+        params.append(members_[end].param);
       }
       if (fresh.empty()) continue;
-      for (int i = 0; i < count; ++i) wanted.append(py::handle(keys()[i]));
-      const py::object made =
-          helper("fastopt.tensors", "new_states")(params, wanted, rule_.counts_steps);
-      const auto item = [&](PyObject* key, size_t i) {
-        return py::reinterpret_borrow<py::object>(
-            PyTuple_GetItem(py::object(made[py::handle(key)]).ptr(), i));
-      };
-      for (size_t i = 0; i < fresh.size(); ++i) {
-        for (int j = 0; j < count; ++j) fresh[i]->state[j] = item(keys()[j], i);
-        if (rule_.counts_steps) fresh[i]->step = item(names().step, i);
+      py::dict counts, states;
+      for (const Kept& kept : kept_[group]) {
+        (is_count(kept) ? counts : states)[py::handle(kept.key)] = kept.first;
+      }
+      const py::object made = helper("fastopt.tensors", "new_states")(params, counts, states);
+      for (const Kept& kept : kept_[group]) {
+        const py::tuple tensors = made[py::handle(kept.key)];
+        for (size_t i = 0; i < fresh.size(); ++i) fresh[i]->kept[kept.place] = tensors[i];
       }
     }
   }
@@ -598,9 +632,8 @@ class Step {
         entry = py::dict();
         state_[member.param] = entry;
       }
-      if (member.step) entry[py::handle(names().step)] = member.step;
-      for (int i = 0; i < states_[member.group]; ++i) {
-        entry[py::handle(keys()[i])] = member.state[i];
+      for (const Kept& kept : kept_[member.group]) {
+        entry[py::handle(kept.key)] = member.kept[kept.place];
       }
     }
   }
@@ -668,9 +701,12 @@ class Step {
       return py::bytes(reinterpret_cast<const char*>(items.data()),
                        items.size() * sizeof(items[0]));
     };
-    py::list dtypes;
+    py::list dtypes, count_dtypes;
     for (int i = 0; i < kState + table.states; ++i) dtypes.append(name_of(table.dtype[i]));
-    launch(index, devices_.torch_device(table.device), py::tuple(dtypes), name_of(table.step_dtype),
+    for (int i = 0; i < table.counts; ++i) {
+      count_dtypes.append(name_of(table.dtype[count_place(i)]));
+    }
+    launch(index, devices_.torch_device(table.device), py::tuple(dtypes), py::tuple(count_dtypes),
            bytes(slots), bytes(grads), bytes(numbers), bytes(table.layouts), table.chunk_count);
   }
 
@@ -684,7 +720,7 @@ class Step {
   Devices devices_;
   Reader reader_;
   std::vector<std::vector<py::object>> options_;  // of each param group
-  std::vector<int> states_;                       // likewise: how many it keeps for a parameter
+  std::vector<std::vector<Kept>> kept_;           // likewise
   std::vector<Group> groups_;                     // of each param group and device that has slots
   std::vector<Place> places_;                     // likewise: which they are
   std::vector<Member> members_;
@@ -716,6 +752,13 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "why_not_cuda", [](int index) { return cuda::why_not({kDLCUDA, index}); },
       py::arg("index") = 0);
+  py::dict counts;
+  for (size_t i = 0; i < rules().size(); ++i) {
+    py::list keys;
+    for (PyObject* key : names().counts[i]) keys.append(py::handle(key));
+    counts[rules()[i].name.c_str()] = keys;
+  }
+  m.attr("counts") = counts;
   m.attr("build") =
       py::dict(py::arg("compiler") = FASTOPT_COMPILER, py::arg("cuda") = FASTOPT_CUDA_BUILD,
                py::arg("instruction_set") = cpu::instruction_set());

@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cctype>
+#include <cstdlib>
 #include <limits>
 #include <optional>
 #include <set>
@@ -29,9 +31,14 @@ struct Names {
   };
   PyObject* grad = PyUnicode_InternFromString("grad");
   PyObject* params = PyUnicode_InternFromString("params");
-  PyObject* step = PyUnicode_InternFromString("step");
   std::vector<std::vector<Option>> options;  // of each rule
-  std::vector<std::vector<PyObject*>> states;
+  std::vector<std::vector<PyObject*>> counts, states;
+
+  static std::vector<PyObject*> interned(const std::vector<State>& states) {
+    std::vector<PyObject*> keys;
+    for (const State& state : states) keys.push_back(PyUnicode_InternFromString(state.name));
+    return keys;
+  }
 
   Names() {
     const std::set<std::string> flags = {"amsgrad", "centered", "decoupled_weight_decay",
@@ -43,8 +50,8 @@ struct Names {
         if (!known.empty()) known.back().in_pair = known.back().key == key;
         known.push_back({key, false, flags.count(name) > 0});
       }
-      std::vector<PyObject*>& keys = states.emplace_back();
-      for (const char* name : rule.states) keys.push_back(PyUnicode_InternFromString(name));
+      counts.push_back(interned(rule.counts));
+      states.push_back(interned(rule.states));
     }
   }
 };
@@ -83,34 +90,33 @@ class Devices {
     for (const Known& known : known_) {
       if (same(known.device, device)) return;
     }
-    const py::object torch_device = tensor.attr("device");  // DLPack's names are not torch's
-    known_.push_back({device, torch_device, choose(device, torch_device)});
+    known_.push_back({device, tensor, choose(device, tensor)});
   }
 
   Backend backend_of(DLDevice device) const { return find(device).backend; }
-  const py::object& torch_device(DLDevice device) const { return find(device).torch_device; }
+  // DLPack's names are not torch's: a tensor is asked.
+  py::object torch_device(DLDevice device) const { return find(device).tensor.attr("device"); }
 
  private:
   struct Known {
     DLDevice device;
-    py::object torch_device;
+    py::handle tensor;
     Backend backend;
   };
   struct Candidate {
     const char* name;
     Backend backend;
-    std::string (*why_not)(DLDevice, const py::object& torch_device);
+    std::string (*why_not)(DLDevice, py::handle tensor);
   };
   static constexpr Candidate kCandidates[] = {
       {"cpu", Backend::kCpu,
-       [](DLDevice device, const py::object&) -> std::string {
+       [](DLDevice device, py::handle) -> std::string {
          return device.device_type == kDLCPU ? "" : "it takes CPU tensors only";
        }},
-      {"cuda", Backend::kCuda,
-       [](DLDevice device, const py::object&) { return cuda::why_not(device); }},
+      {"cuda", Backend::kCuda, [](DLDevice device, py::handle) { return cuda::why_not(device); }},
       {"triton", Backend::kTriton,
-       [](DLDevice, const py::object& torch_device) {
-         const py::object reason = helper("fastopt.triton", "why_not")(torch_device);
+       [](DLDevice, py::handle tensor) {
+         const py::object reason = helper("fastopt.triton", "why_not")(tensor.attr("device"));
          return reason.is_none() ? std::string() : text(reason);
        }},
   };
@@ -120,16 +126,16 @@ class Devices {
                          [&](const Known& known) { return same(known.device, device); });
   }
 
-  Backend choose(DLDevice device, const py::object& torch_device) const {
+  Backend choose(DLDevice device, py::handle tensor) const {
     std::string reasons;
     for (const Candidate& candidate : kCandidates) {
       if (name_ && *name_ != candidate.name) continue;
-      const std::string reason = candidate.why_not(device, torch_device);
+      const std::string reason = candidate.why_not(device, tensor);
       if (reason.empty()) return candidate.backend;
       reasons += (reasons.empty() ? "" : "; ") + std::string(candidate.name) + ": " + reason;
     }
-    throw NotOurs{"no fastopt backend for parameters on " + text(torch_device) + " (" + reasons +
-                  ")"};
+    throw NotOurs{"no fastopt backend for parameters on " + text(tensor.attr("device")) + " (" +
+                  reasons + ")"};
   }
 
   std::optional<std::string> name_;
@@ -139,9 +145,9 @@ class Devices {
 // A parameter that takes part in a step, with all that belongs to it. The references keep memory
 // alive: while the GIL is released other threads may replace gradients and states.
 struct Member {
-  int group, index;  // its place in param_groups
-  py::object param, grad, state[kMaxStates], step;
-  bool fresh = false;   // it has no states yet
+  int group, index;                          // its place in param_groups
+  py::object param, grad, kept[kMaxPlaces];  // what is kept of it, at its place in the slot
+  bool fresh = false;                        // it has no states yet
   bool keeps = false;   // its states here are not those in the optimizer: made anew for this step
   bool copied = false;  // not its gradient is stepped with, but a copy that memory shows as it is
   bool stepped = false;
@@ -258,54 +264,74 @@ std::string param_name(py::handle param_group, const Member& member) {
   return "parameter " + std::to_string(member.index) + " of group " + std::to_string(member.group);
 }
 
-// Whether a mapping is one of Python's own, without methods of its own: its items may be reached
-// directly.
-bool is_dict(py::handle mapping) {
-  static PyObject* const default_dict =
-      PyObject_GetAttrString(py::module_::import("collections").ptr(), "defaultdict");
-  const auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(mapping.ptr()));
-  return PyDict_CheckExact(mapping.ptr()) || type == default_dict;
-}
-
-// mapping[key], or null where there is none.
-py::object find(py::handle mapping, py::handle key) {
-  if (!is_dict(mapping)) return mapping.contains(key) ? mapping[key] : py::object();
-  PyObject* const found = PyDict_GetItemWithError(mapping.ptr(), key.ptr());
-  if (PyErr_Occurred()) throw py::error_already_set();
-  return py::reinterpret_borrow<py::object>(found);
-}
-
-// optimizer.state[param], or null. torch hashes a tensor by its address, through a Python call;
-// looking that hash up directly finds the same entry faster.
-py::object find_entry(py::handle state, py::handle param) {
-  if (!is_dict(state) || !torch().is_plain(param.ptr())) return find(state, param);
-  const auto hash = static_cast<Py_hash_t>(reinterpret_cast<uintptr_t>(param.ptr()));
-  PyObject* const found = _PyDict_GetItem_KnownHash(state.ptr(), param.ptr(), hash);
-  if (PyErr_Occurred()) throw py::error_already_set();
-  static const bool hashes_by_address = py::hash(param) == hash;
-  if (!found && !hashes_by_address) return find(state, param);
-  return py::reinterpret_borrow<py::object>(found);
-}
-
-// An option's value as a Python float, or the tensor that holds it.
-py::object read_option(const Names::Option& option, const py::object& value) {
-  if (PyFloat_CheckExact(value.ptr())) return value;
-  if (torch().is_tensor(value)) {
-    if (value.attr("numel")().cast<int64_t>() == 1 && !value.attr("is_complex")().cast<bool>()) {
-      return value;
-    }
-    throw std::invalid_argument("it is a tensor of another kind than one real number");
+// A mapping to look things up in: Python's own, which has no methods of its own, directly.
+class Mapping {
+ public:
+  explicit Mapping(py::object object) : object_(std::move(object)) {
+    static PyObject* const default_dict =
+        PyObject_GetAttrString(py::module_::import("collections").ptr(), "defaultdict");
+    const auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(object_.ptr()));
+    is_dict_ = PyDict_CheckExact(object_.ptr()) || type == default_dict;
   }
-  if (!option.flag) return py::float_(number(value));
-  const int truth = PyObject_IsTrue(value.ptr());
-  if (truth < 0) throw py::error_already_set();
-  return py::float_(truth != 0 ? 1.0 : 0.0);
+
+  // What the key leads to, or null.
+  py::object find(py::handle key) const {
+    if (!is_dict_) return object_.contains(key) ? object_[key] : py::object();
+    return checked(PyDict_GetItemWithError(object_.ptr(), key.ptr()));
+  }
+
+  // The same for a tensor, which torch hashes by its address, but through a Python call.
+  py::object find_tensor(py::handle tensor) const {
+    const auto hash = static_cast<Py_hash_t>(reinterpret_cast<uintptr_t>(tensor.ptr()));
+    static const bool hashed_by_address = py::hash(tensor) == hash;
+    if (!is_dict_ || !torch().is_plain(tensor.ptr()) || !hashed_by_address) return find(tensor);
+    return checked(_PyDict_GetItem_KnownHash(object_.ptr(), tensor.ptr(), hash));
+  }
+
+  void set(py::handle key, py::object value) { object_[key] = std::move(value); }
+
+ private:
+  static py::object checked(PyObject* found) {
+    if (!found && PyErr_Occurred()) throw py::error_already_set();
+    return py::reinterpret_borrow<py::object>(found);
+  }
+
+  py::object object_;
+  bool is_dict_;
+};
+
+// A number, or the tensor that holds it.
+struct Value {
+  double number = 0;
+  py::object tensor;
+
+  // Whether it can be read without waiting for an accelerator.
+  bool on_host() const { return !tensor || tensor.attr("is_cpu").cast<bool>(); }
+  double read() const { return tensor ? fastopt::number(tensor) : number; }
+};
+
+Value value_of(const py::object& object) {
+  return torch().is_tensor(object) ? Value{0, object} : Value{number(object), {}};
+}
+
+Value read_option(const Names::Option& option, const py::object& object) {
+  if (torch().is_tensor(object)) {
+    if (object.attr("numel")().cast<int64_t>() != 1 || object.attr("is_complex")().cast<bool>()) {
+      throw std::invalid_argument("it is a tensor of another kind than one real number");
+    }
+  } else if (option.flag) {
+    const int truth = PyObject_IsTrue(object.ptr());
+    if (truth < 0) throw py::error_already_set();
+    return {truth != 0 ? 1.0 : 0.0, {}};
+  }
+  return value_of(object);
 }
 
 // A param group's values in the order of its rule's Options.
-std::vector<py::object> read_options(int rule, py::handle param_group, int group) {
+std::vector<Value> read_options(int rule, py::handle param_group, int group) {
   const std::vector<Names::Option>& options = names().options[rule];
-  std::vector<py::object> values;
+  std::vector<Value> values;
+  values.reserve(options.size());
   const auto read = [&](const Names::Option& option, const py::object& value) {
     if (!option.in_pair) return values.push_back(read_option(option, value));
     const py::tuple pair = items_of(value);
@@ -338,26 +364,23 @@ std::vector<py::object> read_options(int rule, py::handle param_group, int group
 // One step() being prepared: tables filled, new states made but not yet in the optimizer.
 class Step {
  public:
-  Step(const std::string& rule, py::object state, py::object grad_scale, py::object found_inf,
-       const std::optional<std::string>& backend)
+  Step(const std::string& rule, py::object state, const py::object& grad_scale,
+       const py::object& found_inf, const std::optional<std::string>& backend)
       : rule_index_(find_rule(rule)),
         rule_(rules()[rule_index_]),
         state_(std::move(state)),
-        grad_scale_(std::move(grad_scale)),
-        found_inf_(std::move(found_inf)),
-        devices_(backend) {
-    if (grad_scale_.is_none()) grad_scale_ = py::float_(1.0);
-    if (found_inf_.is_none()) found_inf_ = py::float_(0.0);
-    rescale_ = !on_host(grad_scale_) || number(grad_scale_) != 1;
-  }
+        grad_scale_(grad_scale.is_none() ? Value{1, {}} : value_of(grad_scale)),
+        found_inf_(found_inf.is_none() ? Value{0, {}} : value_of(found_inf)),
+        rescale_(!grad_scale_.on_host() || grad_scale_.read() != 1),
+        devices_(backend) {}
 
   // Throws NotOurs, or ValueError naming the parameter; either way nothing has been changed.
-  void prepare(const py::object& groups, int threads) {
-    const py::tuple param_groups = items_of(groups);
-    for (const py::handle param_group : param_groups) {
+  void prepare(const py::object& param_groups, int threads) {
+    param_groups_ = items_of(param_groups);
+    for (const py::handle param_group : param_groups_) {
       const auto group = static_cast<int>(options_.size());
       options_.push_back(read_options(rule_index_, param_group, group));
-      states_.push_back(states_of(options_.back()));
+      kept_.push_back(kept_with(options_.back()));
       collect(param_group, group, members_);
     }
     if (has_duplicates(members_)) throw NotOurs{"a parameter is given twice"};
@@ -368,12 +391,12 @@ class Step {
       try {
         add(static_cast<int>(i));
       } catch (const std::invalid_argument& error) {
-        throw py::value_error(param_name(param_groups[members_[i].group], members_[i]) + ": " +
+        throw py::value_error(param_name(param_groups_[members_[i].group], members_[i]) + ": " +
                               error.what());
       }
     }
     if (!in_slots_order(threads)) {
-      tables_ = in_turn(std::move(tables_), rule_.counts_steps, rescale_);
+      tables_ = in_turn(std::move(tables_), rescale_);
     }
     for (const Table& table : tables_) {
       scaling_.push_back(
@@ -386,11 +409,11 @@ class Step {
   // not tell later that they still are.
   bool overflowed() {
     const auto on_cpu = [&](const Table& table) { return backend_of(table) == Backend::kCpu; };
-    const auto untold = [&](const Member& member) { return member.fresh && !rule_.counts_steps; };
-    const bool must_know = !torch_.is_tensor(found_inf_) ||
+    const auto untold = [&](const Member& member) { return member.fresh && rule_.counts.empty(); };
+    const bool must_know = !found_inf_.tensor ||
                            std::any_of(tables_.begin(), tables_.end(), on_cpu) ||
                            std::any_of(members_.begin(), members_.end(), untold);
-    return must_know && number(found_inf_) != 0;
+    return must_know && found_inf_.read() != 0;
   }
 
   // All checks are done: from here on nothing fails but a device.
@@ -415,27 +438,43 @@ class Step {
     int group;
     DLDevice device;
   };
+  // What the rule keeps of every parameter in a group.
+  struct Kept {
+    int place;  // in a slot
+    PyObject* key;
+    const State* state;
+  };
   struct Scaling {
     Number found_inf, grad_scale;
   };
 
-  const std::vector<PyObject*>& keys() const { return names().states[rule_index_]; }
-
   Backend backend_of(const Table& table) const { return devices_.backend_of(table.device); }
 
-  // Whether a value can be read without waiting for an accelerator.
-  bool on_host(const py::object& value) const {
-    return !torch_.is_tensor(value) || value.attr("is_cpu").cast<bool>();
-  }
-
   // Values on an accelerator count as not zero here: a state too many does no harm.
-  int states_of(const std::vector<py::object>& options) const {
+  std::vector<Kept> kept_with(const std::vector<Value>& options) const {
     Group group{};
     for (size_t i = 0; i < options.size(); ++i) {
       group.options[i].value =
-          on_host(options[i]) ? number(options[i]) : std::numeric_limits<double>::quiet_NaN();
+          options[i].on_host() ? options[i].read() : std::numeric_limits<double>::quiet_NaN();
     }
-    return rule_.states_used(group);
+    std::vector<Kept> kept;
+    kept.reserve(rule_.counts.size() + rule_.states.size());
+    for (size_t i = 0; i < rule_.counts.size(); ++i) {
+      kept.push_back(
+          {count_place(static_cast<int>(i)), names().counts[rule_index_][i], &rule_.counts[i]});
+    }
+    const unsigned used = rule_.states_used(group);
+    int place = kState;
+    for (size_t i = 0; i < rule_.states.size(); ++i) {
+      if (used >> i & 1) {
+        kept.push_back({place++, names().states[rule_index_][i], &rule_.states[i]});
+      }
+    }
+    return kept;
+  }
+
+  bool is_count(const Kept& kept) const {
+    return kept.place > count_place(static_cast<int>(rule_.counts.size()));
   }
 
   // Whether slots are updated one after another, as torch does, be their memory shared or not.
@@ -447,19 +486,19 @@ class Step {
   }
 
   // A value as the device's backend reads it: on an accelerator without waiting for it.
-  Number number_on(const py::object& value, DLDevice device) {
-    if (!torch_.is_tensor(value) || devices_.backend_of(device) == Backend::kCpu) {
-      return {number(value), nullptr, {}, {}};
+  Number number_on(const Value& value, DLDevice device) {
+    if (!value.tensor || devices_.backend_of(device) == Backend::kCpu) {
+      return {value.read(), nullptr, {}, {}};
     }
     DLTensor tensor;
     const auto read = [&](const py::object& object) {
       reader_.read(object, object, "an option", &tensor);
       reader_.keep(object);
     };
-    read(value);
+    read(value.tensor);
     if (!same(tensor.device, device)) {
-      if (on_host(value)) return {number(value), nullptr, {}, {}};
-      read(helper("fastopt.tensors", "moved")(value, devices_.torch_device(device)));
+      if (value.on_host()) return {value.read(), nullptr, {}, {}};
+      read(helper("fastopt.tensors", "moved")(value.tensor, devices_.torch_device(device)));
     }
     return as_number(tensor);
   }
@@ -479,49 +518,51 @@ class Step {
   }
 
   void find_states(Member& member) {
-    const int count = states_[member.group];
-    if (count == 0 && !rule_.counts_steps) return;
-    const py::object entry = find_entry(state_, member.param);
-    bool any = false;
-    // A state that is None counts as missing: so SGD's checkpoints have it before the first step.
-    const auto get = [&](PyObject* key) {
-      py::object value = entry ? find(entry, key) : py::object();
-      if (value && value.is_none()) value = py::object();
-      any = any || value;
-      return value;
-    };
-    for (int i = 0; i < count; ++i) member.state[i] = get(keys()[i]);
-    if (rule_.counts_steps) member.step = get(names().step);
-    member.fresh = member.keeps = !any;
+    if (kept_[member.group].empty()) return;
+    member.fresh = member.keeps = true;
+    py::object found = state_.find_tensor(member.param);
+    if (!found) return;
+    const Mapping entry(std::move(found));
+    for (const Kept& kept : kept_[member.group]) {
+      py::object value = entry.find(kept.key);
+      // None counts as missing: so SGD's checkpoints have it before the first step.
+      if (!value || value.is_none()) continue;
+      member.kept[kept.place] = std::move(value);
+      member.fresh = member.keeps = false;
+    }
   }
 
   FASTOPT_PREFETCHES void prefetch_all(const Member& member, Ahead ahead) const {
     torch_.prefetch(member.param.ptr(), ahead);
     torch_.prefetch(member.grad.ptr(), ahead);
-    for (const py::object& state : member.state) torch_.prefetch(state.ptr(), ahead);
-    torch_.prefetch(member.step.ptr(), ahead);
+    for (const py::object& kept : member.kept) torch_.prefetch(kept.ptr(), ahead);
   }
 
   void add(int index) {
     Member& member = members_[index];
     Tensors tensors;
-    tensors.states = states_[member.group];
+    tensors.counts = static_cast<int>(rule_.counts.size());
+    tensors.states = static_cast<int>(kept_[member.group].size()) - tensors.counts;
     DLTensor& param = tensors.at[kParam];
     read_param(member, &param);
     reader_.read_grad(member, param, &tensors.at[kGrad]);
     if (member.fresh && !made_states_) make_states();
-    for (int i = 0; i < tensors.states; ++i) {
-      DLTensor* const state = &tensors.at[kState + i];
-      read_state(member, member.state[i], keys()[i], state);
-      if (in_double(*state) != in_double(param)) {  // the model was cast to or from float64
-        member.state[i] = helper("fastopt.tensors", "recast")(member.state[i], member.param);
+    for (const Kept& kept : kept_[member.group]) {
+      tensors.names[kept.place] = kept.state->name;
+      DLTensor* const out = &tensors.at[kept.place];
+      if (is_count(kept)) {
+        read_count(member, kept, param.device, out);
+        continue;
+      }
+      py::object& value = member.kept[kept.place];
+      read_state(member, value, kept, out);
+      if (in_double(*out) != in_double(param)) {  // the model was cast to or from float64
+        value = helper("fastopt.tensors", "recast")(value, member.param);
         member.keeps = true;
-        read_state(member, member.state[i], keys()[i], state);
+        read_state(member, value, kept, out);
       }
     }
-    if (rule_.counts_steps) read_step(member, param.device, &tensors.step);
-    add_slot(tables_, rule_, tensors, index, group_on(member.group, param.device), member.fresh,
-             rescale_);
+    add_slot(tables_, tensors, index, group_on(member.group, param.device), member.fresh, rescale_);
   }
 
   void read_param(const Member& member, DLTensor* out) {
@@ -533,9 +574,10 @@ class Step {
     devices_.meet(out->device, member.param);
   }
 
-  void read_state(const Member& member, const py::object& value, PyObject* key, DLTensor* out) {
+  void read_state(const Member& member, const py::object& value, const Kept& kept, DLTensor* out) {
+    const std::string_view name = kept.state->name;
     const auto refuse = [&](const std::string& why) {
-      throw std::invalid_argument("state '" + text(key) + "' " + why);
+      throw std::invalid_argument("state '" + std::string(name) + "' " + why);
     };
     if (!value) {
       refuse(
@@ -545,7 +587,7 @@ class Step {
     if (!torch_.is_tensor(value)) refuse("is not a tensor; load_state_dict makes it one");
     py::handle memory;
     try {
-      memory = reader_.read(member.param, value, PyUnicode_AsUTF8(key), out);
+      memory = reader_.read(member.param, value, name.data(), out);
     } catch (const NotOurs& error) {
       refuse("cannot be read: " + error.reason + "; load a state_dict of this very model");
     }
@@ -553,39 +595,43 @@ class Step {
   }
 
   // The count beside its parameter, in a dtype that can count.
-  void read_step(Member& member, DLDevice device, DLTensor* out) {
-    if (!member.step || torch_.is_tensor(member.step)) {
-      read_state(member, member.step, names().step, out);
+  void read_count(Member& member, const Kept& kept, DLDevice device, DLTensor* out) {
+    py::object& value = member.kept[kept.place];
+    if (!value || torch_.is_tensor(value)) {
+      read_state(member, value, kept, out);
       const bool counts = out->dtype.code == kDLFloat && out->dtype.bits >= 32;
       if (counts && same(out->device, device)) return;
     }
-    member.step = helper("fastopt.tensors", "count")(member.step, devices_.torch_device(device));
+    value = helper("fastopt.tensors", "count")(value, devices_.torch_device(device));
     member.keeps = true;
-    read_state(member, member.step, names().step, out);
+    read_state(member, value, kept, out);
   }
 
-  // New states for all parameters that have none; one Python call for those that keep as many.
+  // New states for all parameters that have none: one Python call a group.
   void make_states() {
     made_states_ = true;
-    for (int count = 0; count <= kMaxStates; ++count) {
-      py::list params, wanted;
+    for (size_t begin = 0, end; begin < members_.size(); begin = end) {
+      const int group = members_[begin].group;
+      py::list params;
       std::vector<Member*> fresh;
-      for (Member& member : members_) {
-        if (!member.fresh || states_[member.group] != count) continue;
-        fresh.push_back(&member);
-        params.append(member.param);
+      for (end = begin; end < members_.size() && members_[end].group == group; ++end) {
+        if (!members_[end].fresh) continue;
+        fresh.push_back(&members_[end]);
+        params.append(members_[end].param);
       }
       if (fresh.empty()) continue;
-      for (int i = 0; i < count; ++i) wanted.append(py::handle(keys()[i]));
-      const py::object made =
-          helper("fastopt.tensors", "new_states")(params, wanted, rule_.counts_steps);
-      const auto item = [&](PyObject* key, size_t i) {
-        return py::reinterpret_borrow<py::object>(
-            PyTuple_GetItem(py::object(made[py::handle(key)]).ptr(), i));
-      };
-      for (size_t i = 0; i < fresh.size(); ++i) {
-        for (int j = 0; j < count; ++j) fresh[i]->state[j] = item(keys()[j], i);
-        if (rule_.counts_steps) fresh[i]->step = item(names().step, i);
+      py::dict counts, states;
+      for (const Kept& kept : kept_[group]) {
+        const char* const first = kept.state->first;
+        (is_count(kept) ? counts : states)[py::handle(kept.key)] =
+            std::isdigit(static_cast<unsigned char>(*first))
+                ? py::object(py::float_(std::atof(first)))
+                : py::object(param_groups_[group][first]);
+      }
+      const py::object made = helper("fastopt.tensors", "new_states")(params, counts, states);
+      for (const Kept& kept : kept_[group]) {
+        const py::tuple tensors = made[py::handle(kept.key)];
+        for (size_t i = 0; i < fresh.size(); ++i) fresh[i]->kept[kept.place] = tensors[i];
       }
     }
   }
@@ -594,14 +640,13 @@ class Step {
   void keep_states() {
     for (const Member& member : members_) {
       if (!member.keeps || !member.stepped) continue;
-      py::object entry = find_entry(state_, member.param);
+      py::object entry = state_.find_tensor(member.param);
       if (!entry) {
         entry = py::dict();
-        state_[member.param] = entry;
+        state_.set(member.param, entry);
       }
-      if (member.step) entry[py::handle(names().step)] = member.step;
-      for (int i = 0; i < states_[member.group]; ++i) {
-        entry[py::handle(keys()[i])] = member.state[i];
+      for (const Kept& kept : kept_[member.group]) {
+        entry[py::handle(kept.key)] = member.kept[kept.place];
       }
     }
   }
@@ -624,7 +669,11 @@ class Step {
     for (const Member& member : members_) {
       if (member.copied) grads.append(member.grad);
     }
-    if (!grads.empty()) helper("fastopt.tensors", "unscale")(grads, grad_scale_, found_inf_);
+    if (grads.empty()) return;
+    const auto object = [](const Value& value) {
+      return value.tensor ? value.tensor : py::object(py::float_(value.number));
+    };
+    helper("fastopt.tensors", "unscale")(grads, object(grad_scale_), object(found_inf_));
   }
 
   void run_on_backend(size_t index, int threads, const py::function& launch_triton) const {
@@ -669,25 +718,29 @@ class Step {
       return py::bytes(reinterpret_cast<const char*>(items.data()),
                        items.size() * sizeof(items[0]));
     };
-    py::list dtypes;
+    py::list dtypes, count_dtypes;
     for (int i = 0; i < kState + table.states; ++i) dtypes.append(name_of(table.dtype[i]));
-    launch(index, devices_.torch_device(table.device), py::tuple(dtypes), name_of(table.step_dtype),
+    for (int i = 0; i < table.counts; ++i) {
+      count_dtypes.append(name_of(table.dtype[count_place(i)]));
+    }
+    launch(index, devices_.torch_device(table.device), py::tuple(dtypes), py::tuple(count_dtypes),
            bytes(slots), bytes(grads), bytes(numbers), bytes(table.layouts), table.chunk_count);
   }
 
   const Torch& torch_ = torch();
   int rule_index_;
   const RuleInfo& rule_;
-  py::object state_;
-  py::object grad_scale_, found_inf_;
+  py::tuple param_groups_;
+  Mapping state_;
+  Value grad_scale_, found_inf_;
   bool rescale_;  // gradients are written, too
   bool made_states_ = false;
   Devices devices_;
   Reader reader_;
-  std::vector<std::vector<py::object>> options_;  // of each param group
-  std::vector<int> states_;                       // likewise: how many it keeps for a parameter
-  std::vector<Group> groups_;                     // of each param group and device that has slots
-  std::vector<Place> places_;                     // likewise: which they are
+  std::vector<std::vector<Value>> options_;  // of each param group
+  std::vector<std::vector<Kept>> kept_;      // likewise
+  std::vector<Group> groups_;                // of each param group and device that has slots
+  std::vector<Place> places_;                // likewise: which they are
   std::vector<Member> members_;
   std::vector<Table> tables_;
   std::vector<Scaling> scaling_;  // of each table
@@ -695,10 +748,11 @@ class Step {
 
 // None when the step is done; otherwise why torch must make it, and nothing has been changed.
 std::optional<std::string> step(const std::string& rule, const py::object& param_groups,
-                                py::object state, py::object grad_scale, py::object found_inf,
-                                int threads, const std::optional<std::string>& backend,
+                                py::object state, const py::object& grad_scale,
+                                const py::object& found_inf, int threads,
+                                const std::optional<std::string>& backend,
                                 const py::function& launch_triton) {
-  Step step(rule, std::move(state), std::move(grad_scale), std::move(found_inf), backend);
+  Step step(rule, std::move(state), grad_scale, found_inf, backend);
   try {
     step.prepare(param_groups, threads);
   } catch (const NotOurs& error) {
@@ -717,6 +771,13 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "why_not_cuda", [](int index) { return cuda::why_not({kDLCUDA, index}); },
       py::arg("index") = 0);
+  py::dict counts;
+  for (size_t i = 0; i < rules().size(); ++i) {
+    py::list keys;
+    for (PyObject* key : names().counts[i]) keys.append(py::handle(key));
+    counts[rules()[i].name.c_str()] = keys;
+  }
+  m.attr("counts") = counts;
   m.attr("build") =
       py::dict(py::arg("compiler") = FASTOPT_COMPILER, py::arg("cuda") = FASTOPT_CUDA_BUILD,
                py::arg("instruction_set") = cpu::instruction_set());

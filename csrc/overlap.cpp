@@ -9,8 +9,7 @@ namespace {
 
 // Calls visit(table, place, span, written) for every tensor of every slot that has elements.
 template <class Visit>
-void for_each_span(const std::vector<Table>& tables, bool counts_steps, bool writes_grad,
-                   Visit visit) {
+void for_each_span(const std::vector<Table>& tables, bool writes_grad, Visit visit) {
   for (size_t t = 0; t < tables.size(); ++t) {
     const Table& table = tables[t];
     for (size_t i = 0; i < table.slots.size(); ++i) {
@@ -19,10 +18,8 @@ void for_each_span(const std::vector<Table>& tables, bool counts_steps, bool wri
         visit(t, i, span_of(table, slot, tensor), tensor != kGrad || writes_grad);
       }
       // The CPU counts one after another.
-      if (counts_steps && table.device.device_type != kDLCPU) {
-        const auto step = reinterpret_cast<uintptr_t>(slot.step);
-        visit(t, i, Span{step, step + (table.step_dtype == DType::kFloat64 ? 8 : 4)}, true);
-      }
+      const int counts = table.device.device_type == kDLCPU ? 0 : table.counts;
+      for (int j = 0; j < counts; ++j) visit(t, i, span_of(table, slot, count_place(j)), true);
     }
   }
 }
@@ -52,12 +49,12 @@ void sort(std::vector<Span>& spans) {
   }
 }
 
-bool any_meet(const std::vector<Table>& tables, bool counts_steps, bool writes_grad) {
+bool any_meet(const std::vector<Table>& tables, bool writes_grad) {
   std::vector<Span> spans;
   for (const Table& table : tables) {
-    spans.reserve(spans.size() + table.slots.size() * (kMaxTensors + 1));
+    spans.reserve(spans.size() + table.slots.size() * kMaxPlaces);
   }
-  for_each_span(tables, counts_steps, writes_grad,
+  for_each_span(tables, writes_grad,
                 [&](size_t, size_t, Span span, bool) { spans.push_back(span); });
   sort(spans);
   for (size_t i = 1; i < spans.size(); ++i) {
@@ -67,7 +64,7 @@ bool any_meet(const std::vector<Table>& tables, bool counts_steps, bool writes_g
 }
 
 // A member's turn is the first after those of all members before it that it shares memory with.
-std::vector<int> turns_of(const std::vector<Table>& tables, bool counts_steps, bool writes_grad) {
+std::vector<int> turns_of(const std::vector<Table>& tables, bool writes_grad) {
   struct Piece {
     Span span;
     int32_t member;
@@ -75,11 +72,10 @@ std::vector<int> turns_of(const std::vector<Table>& tables, bool counts_steps, b
   };
   std::vector<Piece> pieces;
   int32_t members = 0;
-  for_each_span(tables, counts_steps, writes_grad,
-                [&](size_t table, size_t slot, Span span, bool written) {
-                  pieces.push_back({span, tables[table].members[slot], written});
-                  members = std::max(members, pieces.back().member + 1);
-                });
+  for_each_span(tables, writes_grad, [&](size_t table, size_t slot, Span span, bool written) {
+    pieces.push_back({span, tables[table].members[slot], written});
+    members = std::max(members, pieces.back().member + 1);
+  });
   std::sort(pieces.begin(), pieces.end(),
             [](const Piece& a, const Piece& b) { return a.span.begin < b.span.begin; });
 
@@ -107,9 +103,9 @@ std::vector<int> turns_of(const std::vector<Table>& tables, bool counts_steps, b
 
 }  // namespace
 
-std::vector<Table> in_turn(std::vector<Table> tables, bool counts_steps, bool writes_grad) {
-  if (!any_meet(tables, counts_steps, writes_grad)) return tables;
-  const std::vector<int> turns = turns_of(tables, counts_steps, writes_grad);
+std::vector<Table> in_turn(std::vector<Table> tables, bool writes_grad) {
+  if (!any_meet(tables, writes_grad)) return tables;
+  const std::vector<int> turns = turns_of(tables, writes_grad);
   const int last = *std::max_element(turns.begin(), turns.end());
   std::vector<Table> divided;
   for (int turn = 0; turn <= last; ++turn) {
@@ -117,8 +113,8 @@ std::vector<Table> in_turn(std::vector<Table> tables, bool counts_steps, bool wr
       Table part{};
       part.device = table.device;
       part.states = table.states;
+      part.counts = table.counts;
       std::copy(std::begin(table.dtype), std::end(table.dtype), part.dtype);
-      part.step_dtype = table.step_dtype;
       for (size_t i = 0; i < table.slots.size(); ++i) {
         const Slot& slot = table.slots[i];
         if (turns[table.members[i]] != turn) continue;

@@ -9,10 +9,15 @@ namespace fastopt {
 
 enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-// A slot's tensors, always in this order; a rule keeps up to kMaxStates states.
+// A slot's tensors, always in this order; a rule keeps up to kMaxStates states. Behind them, from
+// the end, come its counts: numbers of the state, one each for the whole slot, the step count
+// first.
 enum : int { kParam, kGrad, kState };
 constexpr int kMaxStates = 3;
 constexpr int kMaxTensors = kState + kMaxStates;
+constexpr int kMaxPlaces = kMaxTensors + 1;
+
+FASTOPT_RULE constexpr int count_place(int i) { return kMaxPlaces - 1 - i; }
 
 // A number, or the tensor on the parameter's own device that holds it: no step waits to read one.
 struct Number {
@@ -29,11 +34,10 @@ struct Group {
 };
 
 struct Slot {
-  void* data[kMaxTensors];  // states the rule does not use are null
-  void* step;               // the step count's tensor, null where the rule keeps none
-  int64_t numel;            // real elements: a complex one is two
-  int64_t layout;           // kDense, or where this slot's layout starts in Table::layouts
-  int64_t first_chunk;      // how many chunks the slots before it have
+  void* data[kMaxPlaces];  // null where the rule keeps nothing
+  int64_t numel;           // real elements: a complex one is two
+  int64_t layout;          // kDense, or where this slot's layout starts in Table::layouts
+  int64_t first_chunk;     // how many chunks the slots before it have
   int32_t group;
   bool fresh;  // its states were made for this very step
 };

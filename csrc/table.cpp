@@ -15,11 +15,12 @@ template <class Rule>
 RuleInfo describe() {
   static_assert(std::size(Rule::kOptions) <= kMaxOptions);
   static_assert(sizeof(typename Rule::Options) == std::size(Rule::kOptions) * sizeof(double));
-  static_assert(std::size(Rule::kStates) <= kMaxStates);
+  static_assert(kMostStates<Rule> <= kMaxStates);
+  static_assert(kState + kMostStates<Rule> + Rule::kCounts <= kMaxPlaces);
   return {Rule::kName,
           {std::begin(Rule::kOptions), std::end(Rule::kOptions)},
-          {std::begin(Rule::kStates), std::end(Rule::kStates)},
-          Rule::kCountsSteps,
+          {Rule::kStates, Rule::kStates + Rule::kCounts},
+          {Rule::kStates + Rule::kCounts, std::end(Rule::kStates)},
           [](const Group& group) {
             return Rule::states(options_of<Rule>(group, [](const Number& n) { return n.value; }));
           }};
@@ -142,30 +143,30 @@ int64_t bytes_of(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
-std::string tensor_name(const RuleInfo& rule, int i) {
-  return i == kParam  ? "the parameter"
-         : i == kGrad ? "grad"
-                      : "state '" + std::string(rule.states[i - kState]) + "'";
+// What messages call it.
+std::string name_at(const Tensors& tensors, int place) {
+  const std::string name = tensors.names[place];
+  return place < kState ? name : "state '" + name + "'";
 }
 
-void check_fits(const RuleInfo& rule, const Tensors& tensors, int i) {
+void check_fits(const Tensors& tensors, int i) {
   const DLTensor& param = tensors.at[kParam];
   const DLTensor& t = tensors.at[i];
   if (t.ndim != param.ndim || !std::equal(t.shape, t.shape + t.ndim, param.shape)) {
     throw std::invalid_argument(
-        tensor_name(rule, i) + " has shape " + shape_of(t) + ", the parameter " + shape_of(param) +
+        name_at(tensors, i) + " has shape " + shape_of(t) + ", the parameter " + shape_of(param) +
         "; load a state_dict of this very model, or " + "delete the state to start it anew");
   }
   if (t.device.device_type != param.device.device_type ||
       t.device.device_id != param.device.device_id) {
-    throw std::invalid_argument(tensor_name(rule, i) +
+    throw std::invalid_argument(name_at(tensors, i) +
                                 " is on another device than the parameter; move it with " +
                                 "optimizer.load_state_dict(optimizer.state_dict())");
   }
   if (!is_supported(t.dtype) || is_complex(t) != is_complex(param) ||
       in_double(t) != in_double(param)) {
     throw std::invalid_argument(
-        tensor_name(rule, i) + " has a dtype that does not go with the parameter's " +
+        name_at(tensors, i) + " has a dtype that does not go with the parameter's " +
         name_of(param.dtype) +
         "; use the parameter's dtype (float32, bfloat16 and float16 mix freely)");
   }
@@ -238,26 +239,30 @@ void append_slot(Table& table, Slot slot, int member, const int64_t* layout) {
   table.members.push_back(member);
 }
 
-Span span_of(const Table& table, const Slot& slot, int tensor) {
-  int64_t elements = slot.numel;
-  if (slot.layout != kDense) {
-    const Layout layout = layout_of(table.layouts.data() + slot.layout, tensor);
+Span span_of(const Table& table, const Slot& slot, int place) {
+  const bool is_count = place > count_place(table.counts);
+  int64_t elements = is_count ? 1 : slot.numel;
+  if (!is_count && slot.layout != kDense) {
+    const Layout layout = layout_of(table.layouts.data() + slot.layout, place);
     elements = 1;
     for (int64_t d = 0; d < layout.ndim; ++d) elements += (layout.shape[d] - 1) * layout.stride[d];
   }
-  const auto begin = reinterpret_cast<uintptr_t>(slot.data[tensor]);
-  return {begin, begin + static_cast<uintptr_t>(elements * bytes_of(table.dtype[tensor]))};
+  const auto begin = reinterpret_cast<uintptr_t>(slot.data[place]);
+  return {begin, begin + static_cast<uintptr_t>(elements * bytes_of(table.dtype[place]))};
 }
 
-void add_slot(std::vector<Table>& tables, const RuleInfo& rule, const Tensors& tensors, int member,
-              int group, bool fresh, bool writes_grad) {
+void add_slot(std::vector<Table>& tables, const Tensors& tensors, int member, int group, bool fresh,
+              bool writes_grad) {
   const int count = kState + tensors.states;
   const DLTensor& param = tensors.at[kParam];
-  for (int i = kGrad; i < count; ++i) check_fits(rule, tensors, i);
-  if (rule.counts_steps && (numel_of(tensors.step) != 1 || tensors.step.dtype.code != kDLFloat ||
-                            tensors.step.dtype.bits < 32)) {
-    throw std::invalid_argument(
-        "state 'step' is not one number; make it torch.tensor(float(step))");
+  for (int i = kGrad; i < count; ++i) check_fits(tensors, i);
+  for (int i = 0; i < tensors.counts; ++i) {
+    const DLTensor& t = tensors.at[count_place(i)];
+    if (numel_of(t) != 1 || t.dtype.code != kDLFloat || t.dtype.bits < 32) {
+      throw std::invalid_argument(name_at(tensors, count_place(i)) +
+                                  " is not one number; make it torch.tensor(float(" +
+                                  tensors.names[count_place(i)] + "))");
+    }
   }
 
   Slot slot{};
@@ -270,8 +275,12 @@ void add_slot(std::vector<Table>& tables, const RuleInfo& rule, const Tensors& t
       __builtin_prefetch(slot.data[i]);  // used soon, and with many small tensors not cached
     }
   }
-  if (rule.counts_steps) {
-    slot.step = static_cast<char*>(tensors.step.data) + tensors.step.byte_offset;
+  DType dtype[kMaxPlaces] = {};
+  for (int i = 0; i < count; ++i) dtype[i] = dtype_of(tensors.at[i].dtype);
+  for (int i = 0; i < tensors.counts; ++i) {
+    const DLTensor& t = tensors.at[count_place(i)];
+    slot.data[count_place(i)] = static_cast<char*>(t.data) + t.byte_offset;
+    dtype[count_place(i)] = dtype_of(t.dtype);
   }
   slot.layout = kDense;
   const bool dense = slot.numel == 0 || flat(tensors, count);
@@ -279,7 +288,7 @@ void add_slot(std::vector<Table>& tables, const RuleInfo& rule, const Tensors& t
     for (int i = 0; i < count; ++i) {
       const bool written = i != kGrad || writes_grad;
       if (written && may_overlap(tensors.at[i])) {
-        throw std::invalid_argument(tensor_name(rule, i) +
+        throw std::invalid_argument(name_at(tensors, i) +
                                     " has elements that share memory (an expanded tensor?); " +
                                     "replace it with its .clone()");
       }
@@ -287,21 +296,17 @@ void add_slot(std::vector<Table>& tables, const RuleInfo& rule, const Tensors& t
   }
 
   const auto fits = [&](const Table& table) {
-    bool same = table.states == tensors.states &&
-                table.device.device_type == param.device.device_type &&
-                table.device.device_id == param.device.device_id;
-    for (int i = 0; same && i < count; ++i) {
-      same = table.dtype[i] == dtype_of(tensors.at[i].dtype);
-    }
-    return same && (!rule.counts_steps || table.step_dtype == dtype_of(tensors.step.dtype));
+    return table.states == tensors.states && table.device.device_type == param.device.device_type &&
+           table.device.device_id == param.device.device_id &&
+           std::equal(std::begin(dtype), std::end(dtype), table.dtype);
   };
   auto table = std::find_if(tables.rbegin(), tables.rend(), fits);
   if (table == tables.rend()) {
     Table fresh_table{};
     fresh_table.device = param.device;
     fresh_table.states = tensors.states;
-    for (int i = 0; i < count; ++i) fresh_table.dtype[i] = dtype_of(tensors.at[i].dtype);
-    if (rule.counts_steps) fresh_table.step_dtype = dtype_of(tensors.step.dtype);
+    fresh_table.counts = tensors.counts;
+    std::copy(std::begin(dtype), std::end(dtype), fresh_table.dtype);
     tables.push_back(std::move(fresh_table));
     table = tables.rbegin();
   }
@@ -318,7 +323,7 @@ void add_slot(std::vector<Table>& tables, const RuleInfo& rule, const Tensors& t
     span[i] = span_of(*table, added, i);
     for (int j = 0; j < i; ++j) {
       if (span[i].meets(span[j])) {  // each operation of torch's reads what the ones before wrote
-        throw NotOurs{tensor_name(rule, j) + " and " + tensor_name(rule, i) + " share memory"};
+        throw NotOurs{name_at(tensors, j) + " and " + name_at(tensors, i) + " share memory"};
       }
     }
   }

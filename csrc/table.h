@@ -20,13 +20,16 @@ struct NotOurs {
 // What the host must know of a rule; made from the rule by its line in rules/rules.h.
 struct RuleInfo {
   std::string name;
-  std::vector<const char*> options, states;
-  bool counts_steps;
-  int (*states_used)(const Group& group);
+  std::vector<const char*> options;
+  std::vector<State> counts, states;
+  unsigned (*states_used)(const Group& group);  // a bit each
 };
 
 // In the order of rules/rules.h, the index by which backends know them.
 const std::vector<RuleInfo>& rules();
+
+template <class Rule>
+constexpr int kMostStates = sizeof(Rule::kStates) / sizeof(State) - Rule::kCounts;
 
 // A group's numbers as its rule knows them; `read` turns a Number into a double.
 template <class Rule, class Read>
@@ -43,9 +46,8 @@ constexpr int kScalarBytes = 96;  // the most any rule's Scalars take
 // All slots that share device and dtypes: one update launch.
 struct Table {
   DLDevice device;
-  int states;                // buffers the rule keeps for each slot
-  DType dtype[kMaxTensors];  // of param, grad and the states in use
-  DType step_dtype;
+  int states, counts;       // how many the rule keeps for each slot
+  DType dtype[kMaxPlaces];  // of whatever is at this place in a slot
   std::vector<Slot> slots;
   std::vector<int32_t> members;  // of each slot, its parameter's place in the step
   int64_t chunk_count = 0;
@@ -53,29 +55,29 @@ struct Table {
   int64_t numel = 0;
 };
 
-// One parameter's tensors as read: param, grad and states in slot order, then the step count.
+// One parameter's tensors as read, each at its place in the slot, and for errors their names.
 struct Tensors {
-  DLTensor at[kMaxTensors];
-  DLTensor step;
-  int states;
+  DLTensor at[kMaxPlaces];
+  const char* names[kMaxPlaces] = {"the parameter", "grad"};
+  int states, counts;
 };
 
 // Adds the slot of a member to the table it belongs to; throws std::invalid_argument, naming the
 // fix, when its tensors do not fit together, NotOurs when they share memory. `fresh` states were
 // just made and take the place of missing ones.
-void add_slot(std::vector<Table>& tables, const RuleInfo& rule, const Tensors& tensors, int member,
-              int group, bool fresh, bool writes_grad);
+void add_slot(std::vector<Table>& tables, const Tensors& tensors, int member, int group, bool fresh,
+              bool writes_grad);
 
 // Adds a slot that has been checked; `layout` is where its own starts, unless it is kDense.
 void append_slot(Table& table, Slot slot, int member, const int64_t* layout);
 
-// The addresses that a slot's tensor lies between: none where it has no elements.
+// The addresses that what is at a place of a slot lies between: none where it has no elements.
 struct Span {
   uintptr_t begin, end;
 
   bool meets(const Span& other) const { return begin < other.end && other.begin < end; }
 };
-Span span_of(const Table& table, const Slot& slot, int tensor);
+Span span_of(const Table& table, const Slot& slot, int place);
 
 // torch's name of a dtype, and the dtype of real numbers a tensor is made of.
 const char* name_of(DType dtype);

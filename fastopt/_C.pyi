@@ -7,6 +7,9 @@ from torch import Tensor
 
 build: dict[str, str]
 
+counts: dict[str, list[str]]
+"""The numbers that a rule keeps for a parameter, by the rule's name; the step count first."""
+
 def step(
     rule: str,
     param_groups: Iterable[Mapping[str, Any]],

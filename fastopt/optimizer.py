@@ -60,16 +60,19 @@ def backends() -> dict[str, str | None]:
     return {name: why_not() for name, why_not in _WHY_NOT.items()}
 
 
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+
+
 def _watching_mode() -> str | None:
-    """The name of what watches torch's operations in this thread, and would miss a native step."""
-    if torch._C._len_torch_dispatch_stack():
-        mode = torch._C._get_dispatch_stack_at(torch._C._len_torch_dispatch_stack() - 1)
-        return type(mode).__name__
-    for i in range(torch._C._len_torch_function_stack()):
+    """The name of a mode that watches torch's operations in this thread: native code is none."""
+    if _dispatch_modes():
+        return type(torch._C._get_dispatch_stack_at(_dispatch_modes() - 1)).__name__
+    for i in range(_function_modes()):
         mode = torch._C._get_function_stack_at(i)
         if not isinstance(mode, DeviceContext):  # a default device: no operation of a step asks it
             return type(mode).__name__
-    return "torch.jit.trace" if torch._C._get_tracing_state() else None
+    return None
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -80,14 +83,14 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     _rule: ClassVar[str]
-    _stock: ClassVar[Any]  # torch's class, whose step is ours to replace
+    _own_init_group: ClassVar[bool]  # what torch's step asks a class that has one
     _backend: Backend | None = None
     _fallbacks: frozenset[str] = frozenset()  # reasons the user has been told
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "_rule" in vars(cls):
-            cls._stock = next(base for base in cls.__mro__ if base.__module__.startswith("torch."))
+        owner = next((base for base in cls.__mro__ if "_init_group" in vars(base)), None)
+        cls._own_init_group = owner is not None and not owner.__module__.startswith("torch.optim.")
 
     def _use_backend(self, backend: Backend | None) -> None:
         if backend is None:
@@ -154,7 +157,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if (
                     _profiler_enabled()
                     or profiler._is_profiler_enabled  # in any thread: it may look into this one
-                    or torch._C._len_torch_dispatch_stack()
+                    or _dispatch_modes()
                     or self._optimizer_step_pre_hooks
                     or self._optimizer_step_post_hooks
                     or _global_optimizer_pre_hooks
@@ -190,11 +193,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["differentiable"]:
                 return "a param group has differentiable=True"
-        overridden = type(self)._init_group is not self._stock._init_group  # type: ignore[attr-defined]
-        if overridden or "_init_group" in self.__dict__:
+        if self._own_init_group or "_init_group" in self.__dict__:
             return f"{type(self).__name__} has an _init_group of its own"
-        mode = _watching_mode()
-        return None if mode is None else f"{mode} watches torch's operations"
+        if _dispatch_modes() or _function_modes():
+            mode = _watching_mode()
+            return None if mode is None else f"{mode} watches torch's operations"
+        return None
 
     def _tell(self, reason: str) -> None:
         """Warn once that torch makes the step, unless the constructor's arguments asked for it."""

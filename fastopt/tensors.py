@@ -59,10 +59,21 @@ def recast(tensor: Tensor, param: Tensor) -> Tensor:
     return tensor.to(param.dtype) if tensor.is_complex() == param.is_complex() else tensor
 
 
+Number = float | Tensor
+
+
 def new_states(
-    params: Sequence[Tensor], keys: Sequence[str], counts_steps: bool
-) -> dict[str, Sequence[Tensor]]:
-    """The states of several parameters' first step, by key, as torch makes them for a fused step.
+    params: Sequence[Tensor], counts: dict[str, Number], states: dict[str, Number]
+) -> dict[str, tuple[Tensor, ...]]:
+    """What is kept of several parameters from their first step on, as torch makes it for a fused one.
+
+    Args:
+        params: the parameters.
+        counts: the keys of numbers to keep beside each, with their values before that step.
+        states: likewise of tensors like each; both parts of a complex element get the value.
+
+    Returns:
+        The tensors of all parameters, by key.
 
     Raises:
         RuntimeError: the step is being captured in a graph.
@@ -70,19 +81,26 @@ def new_states(
     devices = {param.device for param in params}
     for device in devices:
         _refuse_in_graph(device, "it would make states anew at every replay")
-    states: dict[str, Sequence[Tensor]] = {}
-    for key in keys:
-        states[key] = tuple(map(torch.zeros_like, params))
-    if counts_steps:
-        states["step"] = _zero_counts(params, devices)
-    return states
+    made = {key: _new_counts(params, devices) for key in counts}
+    made |= {key: tuple(map(torch.zeros_like, params)) for key in states}
+    for key, value in {**counts, **states}.items():
+        if isinstance(value, Tensor) or value != 0:
+            for tensor in made[key]:
+                _fill(tensor, value)
+    return made
 
 
-def _zero_counts(params: Sequence[Tensor], devices: set[torch.device]) -> tuple[Tensor, ...]:
-    """A count beside each parameter; on one device in one piece, a third of the time of each."""
+def _new_counts(params: Sequence[Tensor], devices: set[torch.device]) -> tuple[Tensor, ...]:
+    """A zero beside each parameter; on one device in one piece, a third of the time of each."""
     if len(devices) == 1:
         return torch.zeros(len(params), dtype=torch.float32, device=devices.pop()).unbind()
     return tuple(torch.zeros((), dtype=torch.float32, device=param.device) for param in params)
+
+
+@torch.no_grad()
+def _fill(tensor: Tensor, value: Number) -> None:
+    reals = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    reals.fill_(value.reshape(()) if isinstance(value, Tensor) else value)
 
 
 def count(value: Any, device: torch.device) -> Any:

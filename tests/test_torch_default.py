@@ -629,26 +629,6 @@ def test_traced_graph_holds_the_update(name):
 
 
 @every_optimizer
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_jit_trace_holds_the_update(name):
-    def graph(module):
-        param = torch.ones(3, dtype=torch.float64)  # a leaf that requires grad is refused
-        optimizer = make(module, name, [param], foreach=False)
-
-        def step(grad):
-            param.grad = grad
-            optimizer.step()
-            return param * 1
-
-        traced = torch.jit.trace(step, torch.ones(3, dtype=torch.float64), check_trace=False)
-        return [node.kind() for node in traced.inlined_graph.nodes()]
-
-    with pytest.warns(UserWarning, match=FALLBACK):
-        assert any("add" in kind for kind in graph(fastopt))
-
-
-@every_optimizer
 def test_fake_mode_gets_torchs_answer_for_real_parameters(name):
     def answer(module):
         param, optimizer = one(module, name)

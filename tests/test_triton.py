@@ -112,6 +112,13 @@ def struct(text, name):
     return names(re.search(rf"struct {name} {{(.*?)}};", text, re.S)[1])
 
 
+def kept_by(text):
+    """The names of a rule's counts and of its states."""
+    keys = re.findall(r'{"(\w+)"', re.search(r"kStates\[\] = {(.*?)};", text, re.S)[1])
+    counts = int(re.search(r"kCounts = (\d)", text)[1])
+    return keys[:counts], keys[counts:]
+
+
 def parameters_of(function):
     return list(inspect.signature(function.fn).parameters)
 
@@ -124,9 +131,9 @@ def test_every_rule_has_its_mirror():
 def test_mirror_has_the_rules_options_states_and_scalars(rule):
     text, mirror = headers()[rule], apply.RULES[rule]
     options, scalars = struct(text, "Options"), struct(text, "Scalars")
-    states = names(re.search(r"kStates\[\] = {(.*?)};", text)[1].replace('"', "") + ";")
-    counts_steps = "kCountsSteps = true" in text
-    assert counts_steps == mirror.COUNTS_STEPS
+    counts, states = kept_by(text)
+    more = parameters_of(mirror.advance)[kernels.OPTIONS.value + 1 : -2]
+    assert [name for name in more if name in counts] == counts[1:]
     given = parameters_of(mirror.advance)[: kernels.OPTIONS.value]
     assert [name for name in given if "unused" not in name] == options
     given = parameters_of(mirror.update)[3 : 3 + kernels.MOST_STATES.value]
@@ -192,7 +199,7 @@ DATA = (b"slots   ", b"grads   ", b"numbers ", b"layouts.layouts.")
 
 def a_table(place=0, device=CUDA):
     dtypes = (FLOAT32,) * 4
-    return Table(place, device, dtypes, FLOAT32, *DATA, 1)
+    return Table(place, device, dtypes, (FLOAT32,), *DATA, 1)
 
 
 def are_new(copies, known):
@@ -249,7 +256,8 @@ def test_a_graph_pins_no_memory_of_its_own(stream, monkeypatch):
 def compiled(kernel, rule, dtypes):
     """With the arguments and options of a launch."""
     function = getattr(kernels, kernel)
-    constants = getattr(apply.constants(rule, dtypes, FLOAT32, "cuda"), kernel)
+    counts = (FLOAT32,) * len(kept_by(headers()[rule])[0])
+    constants = getattr(apply.constants(rule, dtypes, counts, "cuda"), kernel)
     arguments = function.arg_names[: -len(constants)]
     scalars = "*fp64" if dtypes[0] == FLOAT64 else "*fp32"
     types = dict.fromkeys(arguments, "*i64") | {"scalars": scalars, "slot_count": "i32"}
@@ -323,9 +331,11 @@ def test_update_moves_aligned_tensors_128_bits_at_a_time(rule, dtypes):
 
 
 @pytest.mark.parametrize("rule", apply.RULES)
-def test_advance_never_fuses(rule):
+def test_advance_fuses_in_powers_only(rule):
     ptx = compiled("advance", rule, (FLOAT32,) * 4)["ptx"]
-    assert not re.search(r"fma|approx|full|ftz|\b(mul|add|sub)\.f", ptx)
+    assert not re.search(r"approx|full|ftz|\b(mul|add|sub)\.f|fma\.(?!rn\.f64)", ptx)
+    powers = inspect.getsource(apply.RULES[rule].advance.fn).count("power(")
+    assert instructions(ptx)["fma.rn.f64"] == 2 * powers
 
 
 def test_update_leaves_room_for_the_programs_its_block_is_chosen_for(tmp_path):

@@ -154,27 +154,52 @@ void update_chunk(const Work& work, const typename Rule::template Scalars<T>& sc
   }
 }
 
-// Phase one. Slots of a group mostly share their step count, so the last scalars are tried first.
+// A count is float32 or float64: add_slot has checked.
+Count read_count(const void* data, DType dtype) {
+  const bool is_float = dtype == DType::kFloat32;
+  return {is_float ? *static_cast<const float*>(data) : *static_cast<const double*>(data),
+          is_float};
+}
+
+void write_count(void* data, Count count) {
+  if (count.is_float) {
+    *static_cast<float*>(data) = static_cast<float>(count.value);
+  } else {
+    *static_cast<double*>(data) = count.value;
+  }
+}
+
+// Phase one. Slots of a group mostly share their counts, so the last scalars are tried first.
 template <class Rule, class T>
 void advance(const Work& work, typename Rule::template Scalars<T>* scalars) {
+  constexpr int kCounts = Rule::kCounts;
   const Slot* last = nullptr;
-  double last_t = 0;
+  Count last_before[kCounts + 1] = {}, last_after[kCounts + 1] = {};
   for (int64_t i = 0; i < work.slot_count; ++i) {
     const Slot& slot = work.slots[i];
-    double t = slot.fresh ? 1 : 2;
-    if (Rule::kCountsSteps && work.step_dtype == DType::kFloat64) {
-      t = *static_cast<double*>(slot.step) += 1;
-    } else if (Rule::kCountsSteps) {
-      t = *static_cast<float*>(slot.step) += 1;
+    Count before[kCounts + 1] = {}, after[kCounts + 1] = {};
+    bool same = last && last->group == slot.group && last->fresh == slot.fresh;
+    for (int j = 0; j < kCounts; ++j) {
+      before[j] = read_count(slot.data[count_place(j)], work.dtype[count_place(j)]);
+      same = same && before[j].value == last_before[j].value;
     }
-    if (last && last->group == slot.group && last_t == t) {
+    if (same) {
       scalars[i] = scalars[i - 1];
+      for (int j = 0; j < kCounts; ++j) after[j] = last_after[j];
     } else {
+      for (int j = 0; j < kCounts; ++j) after[j] = before[j];
+      double t = slot.fresh ? 1 : 2;
+      if constexpr (kCounts > 0) t = after[0].value = after[0].rounded(after[0].value + 1);
       const auto value = [](const Number& number) { return number.value; };
-      scalars[i] = Rule::template advance<T>(options_of<Rule>(work.groups[slot.group], value), t);
+      scalars[i] =
+          Rule::template advance<T>(options_of<Rule>(work.groups[slot.group], value), t, after + 1);
     }
     last = &slot;
-    last_t = t;
+    for (int j = 0; j < kCounts; ++j) {
+      write_count(slot.data[count_place(j)], after[j]);
+      last_before[j] = before[j];
+      last_after[j] = after[j];
+    }
   }
 }
 
@@ -211,7 +236,7 @@ void apply(const Work& work) {
 template <class Rule, class T, int kStates = Rule::kFewestStates>
 void apply_states(const Work& work) {
   if (work.states == kStates) return apply<Rule, kStates, T>(work);
-  if constexpr (kStates < static_cast<int>(sizeof(Rule::kStates) / sizeof(char*))) {
+  if constexpr (kStates < kMostStates<Rule>) {
     apply_states<Rule, T, kStates + 1>(work);
   }
 }

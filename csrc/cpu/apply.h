@@ -14,7 +14,6 @@ struct Work {
   int rule;  // place in rules/rules.h
   int states;
   const DType* dtype;
-  DType step_dtype;
   const Group* groups;
   const Slot* slots;
   int64_t slot_count;

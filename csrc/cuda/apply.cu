@@ -30,8 +30,7 @@ struct Work {
   float* grad_scale;
   int64_t slot_count;
   int64_t chunk_count;
-  DType dtype[kMaxTensors];
-  DType step_dtype;
+  DType dtype[kMaxPlaces];
 };
 
 // advance's arguments: a batch of slots with their groups and layouts, which kernels take up to
@@ -63,11 +62,19 @@ __device__ double read(const Number& number) {
   return 0;
 }
 
-template <class E>
-__device__ double count_step(void* step, bool skip) {
-  const E next = *static_cast<E*>(step) + 1;
-  if (!skip) *static_cast<E*>(step) = next;
-  return next;
+// A count is float32 or float64: add_slot has checked.
+__device__ Count read_count(const void* data, DType dtype) {
+  const bool is_float = dtype == DType::kFloat32;
+  return {is_float ? *static_cast<const float*>(data) : *static_cast<const double*>(data),
+          is_float};
+}
+
+__device__ void write_count(void* data, Count count) {
+  if (count.is_float) {
+    *static_cast<float*>(data) = static_cast<float>(count.value);
+  } else {
+    *static_cast<double*>(data) = count.value;
+  }
 }
 
 // Phase one, a thread a slot.
@@ -80,14 +87,19 @@ __global__ void advance(const __grid_constant__ Batch batch) {
   if (batch.first_slot + i == 0) *work.grad_scale = static_cast<float>(read(batch.grad_scale));
 
   Slot slot = batch.slots[i];
-  double t = slot.fresh ? 1 : 2;
-  if constexpr (Rule::kCountsSteps) {
-    t = work.step_dtype == DType::kFloat64 ? count_step<double>(slot.step, skip)
-                                           : count_step<float>(slot.step, skip);
+  Count counts[Rule::kCounts + 1];  // one more than needed: C++ has no arrays of zero elements
+  for (int j = 0; j < Rule::kCounts; ++j) {
+    counts[j] = read_count(slot.data[count_place(j)], work.dtype[count_place(j)]);
   }
+  double t = slot.fresh ? 1 : 2;
+  if constexpr (Rule::kCounts > 0) t = counts[0].value = counts[0].rounded(counts[0].value + 1);
   auto* const scalars = static_cast<typename Rule::template Scalars<T>*>(work.scalars);
   scalars[batch.first_slot + i] = Rule::template advance<T>(
-      options_of<Rule>(batch.groups[slot.group], [](const Number& n) { return read(n); }), t);
+      options_of<Rule>(batch.groups[slot.group], [](const Number& n) { return read(n); }), t,
+      counts + 1);
+  for (int j = 0; !skip && j < Rule::kCounts; ++j) {
+    write_count(slot.data[count_place(j)], counts[j]);
+  }
 
   if (slot.layout != kDense) {
     const int64_t* const from = batch.layouts + (slot.layout - batch.first_layout);
@@ -355,7 +367,7 @@ void update_all(const Table& table, const Work& work, void* stream) {
     const int64_t blocks = resident_blocks(storage, kStates) * multiprocessors(table.device);
     launch(update_kernel<Rule, T, kStates>(storage), std::min(blocks, work.chunk_count), kThreads,
            stream, work);
-  } else if constexpr (kStates < static_cast<int>(std::size(Rule::kStates))) {
+  } else if constexpr (kStates < kMostStates<Rule>) {
     update_all<Rule, T, kStates + 1>(table, work, stream);
   }
 }
@@ -396,7 +408,6 @@ void apply(int rule, const Table& table, const Group* groups, const Number& foun
   work.slot_count = static_cast<int64_t>(table.slots.size());
   work.chunk_count = table.chunk_count;
   std::copy(std::begin(table.dtype), std::end(table.dtype), work.dtype);
-  work.step_dtype = table.step_dtype;
   work.slots = static_cast<Slot*>(scratch);
   work.scalars = work.slots + work.slot_count;
   work.layouts =

@@ -11,9 +11,10 @@ namespace fastopt {
 
 struct Adam {
   static constexpr const char* kName = "adam";
-  static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
+  // Keys of the state: counts, which advance updates, then what update does.
+  static constexpr State kStates[] = {{"step"}, {"exp_avg"}, {"exp_avg_sq"}, {"max_exp_avg_sq"}};
+  static constexpr int kCounts = 1;
   static constexpr int kFewestStates = 2;
-  static constexpr bool kCountsSteps = true;
 
   // A param group's values under kOptions, in this order; the two of a pair have its name.
   static constexpr const char* kOptions[] = {
@@ -22,7 +23,7 @@ struct Adam {
   struct Options {
     double lr, beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay;
   };
-  static int states(const Options& o) { return o.amsgrad != 0 ? 3 : 2; }
+  static unsigned states(const Options& o) { return o.amsgrad != 0 ? 0b111 : 0b011; }
 
   template <class T>
   struct Scalars {
@@ -31,7 +32,7 @@ struct Adam {
 
   // Per slot: everything about step t that is not per element, in double, rounded to T once.
   template <class T>
-  FASTOPT_RULE static Scalars<T> advance(const Options& o, double t) {
+  FASTOPT_RULE static Scalars<T> advance(const Options& o, double t, Count*) {
     const bool decoupled = o.decoupled_weight_decay != 0;
     Scalars<T> k;
     k.sign = T(o.maximize != 0 ? -1 : 1);

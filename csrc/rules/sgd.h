@@ -10,9 +10,10 @@ namespace fastopt {
 
 struct SGD {
   static constexpr const char* kName = "sgd";
-  static constexpr const char* kStates[] = {"momentum_buffer"};
+  // Keys of the state: counts, which advance updates, then what update does.
+  static constexpr State kStates[] = {{"momentum_buffer"}};
+  static constexpr int kCounts = 0;
   static constexpr int kFewestStates = 0;
-  static constexpr bool kCountsSteps = false;
 
   // A param group's values under kOptions, in this order.
   static constexpr const char* kOptions[] = {"lr",           "momentum", "dampening",
@@ -20,7 +21,7 @@ struct SGD {
   struct Options {
     double lr, momentum, dampening, weight_decay, nesterov, maximize;
   };
-  static int states(const Options& o) { return o.momentum != 0 ? 1 : 0; }
+  static unsigned states(const Options& o) { return o.momentum != 0 ? 0b1 : 0b0; }
 
   template <class T>
   struct Scalars {
@@ -30,7 +31,7 @@ struct SGD {
 
   // Per slot. No step is counted: t is 1 while the momentum buffer is new, 2 ever after.
   template <class T>
-  FASTOPT_RULE static Scalars<T> advance(const Options& o, double t) {
+  FASTOPT_RULE static Scalars<T> advance(const Options& o, double t, Count*) {
     Scalars<T> k;
     k.sign = T(o.maximize != 0 ? -1 : 1);
     k.l2 = T(o.weight_decay);

@@ -23,7 +23,7 @@ class Table(NamedTuple):
         place: among the tables of the step.
         device: where all of its tensors are.
         dtypes: of param, grad and the states in use.
-        step_dtype: of the step counts; any where the rule counts none.
+        count_dtypes: of the rule's counts.
         slots: struct Slot each, without the gradients' addresses.
         grads: the address of each slot's gradient.
         numbers: struct Number each: found_inf (0: none), grad_scale (1: none), then every group's.
@@ -34,7 +34,7 @@ class Table(NamedTuple):
     place: int
     device: torch.device
     dtypes: tuple[str, ...]
-    step_dtype: str
+    count_dtypes: tuple[str, ...]
     slots: bytes
     grads: bytes
     numbers: bytes

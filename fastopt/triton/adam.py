@@ -5,8 +5,6 @@ import triton.language as tl
 
 from fastopt.triton.arithmetic import divide, lerp, maximum, multiply_add, power, square_root
 
-COUNTS_STEPS = True
-
 SIGN, DECAY, L2, WEIGHT1, BETA2, WEIGHT2, STEP_SIZE, ROOT_CORRECTION2, EPS = map(
     tl.constexpr, range(9)
 )

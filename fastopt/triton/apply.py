@@ -38,7 +38,7 @@ _ROW_BYTES = 8 * kernels.SLOT.value
 def apply(cache: dict[Any, Any], rule: str, table: Table) -> None:
     """See fastopt.triton.launch."""
     slot_count = len(table.slots) // _ROW_BYTES
-    advance, update = constants(rule, table.dtypes, table.step_dtype, table.device.type)
+    advance, update = constants(rule, table.dtypes, table.count_dtypes, table.device.type)
     with _surroundings(table.device):
         slots, grads, numbers, layouts = on_device(cache, table)
         scalars = torch.empty(
@@ -61,11 +61,15 @@ class Constants(NamedTuple):
 
 
 @functools.cache
-def constants(rule: str, dtypes: tuple[str, ...], step_dtype: str, device: str) -> Constants:
+def constants(
+    rule: str, dtypes: tuple[str, ...], count_dtypes: tuple[str, ...], device: str
+) -> Constants:
     """The kernels' constexpr arguments."""
     mirror = RULES[rule]
     storage = [STORAGE[dtype] for dtype in dtypes]
     unused = [storage[0]] * (2 + kernels.MOST_STATES.value - len(storage))
+    counts = [STORAGE[dtype] for dtype in count_dtypes]
+    no_counts = [storage[0]] * (kernels.MOST_COUNTS.value - len(counts))
     # As many elements at a time as 128 bits of the widest dtype hold. Were each dtype accessed by
     # 128 bits, the compiler would pass some through shared memory, to compute with all alike.
     vector = 128 // max(dtype.primitive_bitwidth for dtype in storage)
@@ -73,7 +77,7 @@ def constants(rule: str, dtypes: tuple[str, ...], step_dtype: str, device: str) 
     whole = kernels.CHUNK.value
     block, lanes = (whole, whole) if device == "cpu" else (BLOCK, LANES)
     return Constants(
-        (mirror.advance, mirror.COUNTS_STEPS, STORAGE[step_dtype], SLOTS),
+        (mirror.advance, len(counts), *counts, *no_counts, SLOTS),
         (mirror.update, len(dtypes) - 2, *storage, *unused, block, lanes, vector),
     )
 

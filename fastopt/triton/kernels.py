@@ -1,7 +1,8 @@
 """The two kernels, generic over the rule. A step launches each once for a table.
 
 A rule is a module like adam.py with two functions. `advance` takes the options, the step t,
-pointers k to the slots' rows of scalars, and the mask to store these with. `update` takes k, the
+pointers k to the slots' rows of scalars, and the mask to store these with; a rule that keeps more
+COUNTS than the step's also takes two and their dtypes, and returns both. `update` takes k, the
 elements of param, grad and states, and how many states are in use; it returns all but the grad.
 """
 
@@ -12,7 +13,7 @@ from fastopt.triton.arithmetic import divide
 from fastopt.triton.convert import load, store
 
 # csrc/slot.h in 8-byte words: where members of Slot and Number are, and the size of each.
-PARAM, STATE, STEP, NUMEL, LAYOUT, FIRST_CHUNK, GROUP, SLOT = map(
+PARAM, STATE, LAST_PLACE, NUMEL, LAYOUT, FIRST_CHUNK, GROUP, SLOT = map(
     tl.constexpr, (0, 2, 5, 6, 7, 8, 9, 10)
 )
 VALUE, TENSOR, DTYPE, NUMBER = map(tl.constexpr, range(4))
@@ -20,6 +21,7 @@ CHUNK = tl.constexpr(4096)  # kChunk
 DENSE = tl.constexpr(-1)  # kDense
 OPTIONS = tl.constexpr(8)  # kMaxOptions
 MOST_STATES = tl.constexpr(3)  # kMaxStates
+MOST_COUNTS = tl.constexpr(3)
 
 # Table.numbers: these two, then each group's options.
 FOUND_INF, GRAD_SCALE, GROUPS = map(tl.constexpr, range(3))
@@ -46,6 +48,12 @@ def number(numbers, i):
     return tl.where(dtype == 3, float16, value)
 
 
+@triton.jit
+def count_at(slot, PLACE: tl.constexpr, DTYPE: tl.constexpr):
+    """A pointer to each slot's count number PLACE."""
+    return tl.load(slot + LAST_PLACE - PLACE).to(tl.pointer_type(DTYPE))
+
+
 @triton.jit(do_not_specialize=["slot_count"])
 def advance(
     slots,
@@ -53,8 +61,10 @@ def advance(
     scalars,
     slot_count,
     RULE: tl.constexpr,
-    COUNTS_STEPS: tl.constexpr,
-    STEP_TYPE: tl.constexpr,
+    COUNTS: tl.constexpr,
+    C0: tl.constexpr,
+    C1: tl.constexpr,
+    C2: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
     """Phase one, a slot per lane: counts the step and leaves the slot's row of scalars."""
@@ -66,27 +76,33 @@ def advance(
     mask = i < tl.where(found_inf != 0, 0, slot_count)  # a skipped step counts and leaves nothing
 
     group = tl.load(slot + GROUP)  # its upper half tells whether the slot is fresh
-    if COUNTS_STEPS:
-        step = tl.load(slot + STEP).to(tl.pointer_type(STEP_TYPE))
+    if COUNTS > 0:
+        step = count_at(slot, 0, C0)
         t = tl.load(step) + 1
         tl.store(step, t, mask)
         t = t.to(tl.float64)
     else:
         t = tl.where(((group >> 32) & 0xFF) != 0, 1.0, 2.0).to(tl.float64)
     options = GROUPS + (group & 0xFFFFFFFF) * OPTIONS
-    RULE(
-        number(numbers, options),
-        number(numbers, options + 1),
-        number(numbers, options + 2),
-        number(numbers, options + 3),
-        number(numbers, options + 4),
-        number(numbers, options + 5),
-        number(numbers, options + 6),
-        number(numbers, options + 7),
-        t,
-        k,
-        mask,
-    )
+    o0 = number(numbers, options)
+    o1 = number(numbers, options + 1)
+    o2 = number(numbers, options + 2)
+    o3 = number(numbers, options + 3)
+    o4 = number(numbers, options + 4)
+    o5 = number(numbers, options + 5)
+    o6 = number(numbers, options + 6)
+    o7 = number(numbers, options + 7)
+    if COUNTS > 1:
+        c1_at = count_at(slot, 1, C1)
+        c2_at = count_at(slot, 2 if COUNTS > 2 else 1, C2 if COUNTS > 2 else C1)
+        c1 = tl.load(c1_at).to(tl.float64)
+        c2 = tl.load(c2_at).to(tl.float64)
+        c1, c2 = RULE(o0, o1, o2, o3, o4, o5, o6, o7, t, c1, c2, C1, C2, k, mask)
+        tl.store(c1_at, c1.to(C1), mask)
+        if COUNTS > 2:
+            tl.store(c2_at, c2.to(C2), mask)
+    else:
+        RULE(o0, o1, o2, o3, o4, o5, o6, o7, t, k, mask)
     tl.store(k + K_GRAD_SCALE, number(numbers, GRAD_SCALE).to(tl.float32), mask)
 
 

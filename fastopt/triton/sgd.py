@@ -5,8 +5,6 @@ import triton.language as tl
 
 from fastopt.triton.arithmetic import multiply_add
 
-COUNTS_STEPS = False
-
 SIGN, L2, MOMENTUM, WEIGHT, LR, FIRST, NESTEROV = map(tl.constexpr, range(7))
 
 

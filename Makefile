@@ -33,7 +33,7 @@ finetune-all: install  ## fine-tune every task; a page of all in bench/results (
 test: install  ## run the test suite (ARGS=...)
 	$(PATIENT) $(RUN) -m pytest $(ARGS)
 
-newcomer:  ## install, test and fine-tune as one without our settings (16 GB of disk, an hour)
+newcomer:  ## install, test and fine-tune as one without our settings (12 GB, 40 minutes)
 	tests/newcomer.sh
 
 CPP = $(shell git ls-files '*.cpp' '*.h' '*.cu')

@@ -65,7 +65,7 @@ Number = float | Tensor
 def new_states(
     params: Sequence[Tensor], counts: dict[str, Number], states: dict[str, Number]
 ) -> dict[str, tuple[Tensor, ...]]:
-    """What is kept of several parameters from their first step on, as torch makes it for a fused one.
+    """What is kept of several parameters from the first step on, as torch makes it for a fused one.
 
     Args:
         params: the parameters.

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "../rules/rules.h"
+#include "float_mode.h"
 #include "tile.h"
 
 namespace fastopt::cpu {
@@ -180,11 +181,16 @@ void apply(const Work& work) {
   // Where there are plenty, a thread takes several chunks in a row: longer streams, 4 % more
   // bandwidth.
   const int64_t in_a_row = work.chunk_count < 256 * work.threads ? 4 : 16;
+  // Which thread takes a chunk must not decide its bits: all compute in the mode of the caller's.
+  const FloatMode callers = float_mode();
 #pragma omp parallel num_threads(work.threads)
   {
+    const FloatMode own = float_mode();
+    if (own != callers) set_float_mode(callers);
     int64_t slot = 0;  // a thread meets chunks in rising order
 #pragma omp for schedule(monotonic : dynamic, in_a_row) nowait
     for (int64_t chunk = 0; chunk < work.chunk_count; ++chunk) slot = update_at(chunk, slot);
+    if (own != callers) set_float_mode(own);
   }
 }
 

@@ -305,6 +305,40 @@ def test_forked_process_steps_after_its_parent_has(count, threads):
     assert of_the_worker == numbers_after_two_steps(optimizer)
 
 
+@only_linux
+@every_optimizer
+def test_forked_process_steps_after_torch_alone_used_threads(name):
+    program = f"""
+import hashlib, os, signal, torch, fastopt
+from helpers import make
+
+param = torch.nn.Parameter(torch.zeros({PARALLEL * 4}))
+param.grad = torch.ones_like(param)
+optimizer = make(fastopt, {name!r}, [param])
+torch.set_num_threads(1)
+optimizer.step()
+torch.set_num_threads(2)
+torch.ones(1 << 22).add_(1)
+
+
+def digest():
+    optimizer.step()
+    return hashlib.sha256(param.detach().numpy()).digest()
+
+
+receiver, sender = os.pipe()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)  # ends it if it hangs
+    os.write(sender, digest())
+    os._exit(0)
+os.close(sender)
+assert os.waitpid(child, 0)[1] == 0, "the forked process hangs"
+assert os.read(receiver, 32) == digest()
+"""
+    run_program(program)
+
+
 class Inputs(torch.utils.data.Dataset):
     def __len__(self):
         return 8

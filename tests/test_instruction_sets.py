@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import fastopt
-from cases import CASES
+from cases import CASES, OPTIONS
 from fastopt import _C
-from helpers import snapshot, train
+from helpers import make, snapshot, train
 
 # From the least: a processor that has one of them has those before it.
 SETS = ["baseline", "avx2", "avx512"]
@@ -36,7 +36,28 @@ def digests() -> dict[str, str]:
     for dtype in SIXTEEN_BIT:
         results[f"kept {dtype}"] = digest(kept(patterns(dtype)))
         results[f"rounded {dtype}"] = digest(rounded(floats_around(dtype), dtype))
+    for name in OPTIONS:
+        for flush in (True, False):
+            results[f"{name} flush={flush}"] = digest(*stepped_at_the_bottom(name, flush))
     return results
+
+
+def stepped_at_the_bottom(name: str, flush: bool) -> list[Tensor]:
+    """Parameters and states around the least normal number, where a step may flush denormals."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tiny(exponent: float) -> Tensor:
+        spread = torch.randn(1 << 14, generator=generator) * 4
+        return torch.randn(1 << 14, generator=generator) * spread.exp2() * 2.0**exponent
+
+    param = tiny(-126).requires_grad_()
+    optimizer = make(fastopt, name, [param], lr=0.125)
+    for exponent in (-124, -63, -140):  # a square of the second is at the bottom, too
+        param.grad = tiny(exponent)
+        torch.set_flush_denormal(flush)
+        optimizer.step()
+        torch.set_flush_denormal(False)
+    return list(snapshot(optimizer).values())
 
 
 def digest(*tensors: Tensor) -> str:

@@ -1,15 +1,33 @@
 """Tensors anywhere in memory, with any strides, and any number of them."""
 
 import itertools
+import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import Parameter
 
 import fastopt
-from cases import CHUNK, channels_last, contiguous, every_second, state_names, transposed, unaligned
+from cases import (
+    BFLOAT16,
+    CHUNK,
+    COMPLEX64,
+    FLOAT32,
+    FLOAT64,
+    MIXED,
+    PARALLEL,
+    channels_last,
+    contiguous,
+    every_second,
+    state_names,
+    transposed,
+    unaligned,
+)
 from helpers import (
     assert_refused,
+    assert_same_bits,
     assert_same_tensors,
     every_optimizer,
     forloop,
@@ -43,6 +61,56 @@ def test_parameter_gradient_and_state_each_have_their_own_strides(name, dtype):
                 if state.dim() > 0:
                     optimizer.state[param][key] = place(state)
     assert_same_tensors(optimizer, reference)
+
+
+@st.composite
+def strided(draw, shape):
+    """A place of that shape: dimensions in any order in memory, with gaps between them or none."""
+    order = draw(st.permutations(range(len(shape))))
+    gaps = [draw(st.sampled_from([(0, 1), (0, 1), (1, 2), (3, 1)])) for _ in shape]
+
+    def place(values):
+        wider = [(size + more) * step for size, (more, step) in zip(shape, gaps, strict=True)]
+        base = values.new_full([wider[d] for d in order], torch.nan)
+        view = base.permute([order.index(d) for d in range(len(shape))])
+        for d, (size, (_, step)) in enumerate(zip(shape, gaps, strict=True)):
+            view = view.narrow(d, 0, size * step)[(slice(None),) * d + (slice(None, None, step),)]
+        return view.copy_(values)
+
+    return place
+
+
+# Around the edge of a tile, its elements and those of a chunk, see csrc/cpu/tile.h.
+LENGTHS = st.sampled_from([0, 1, 2, 3, 5, 7, 8, 9, 31, 32, 33, 64, 65, 100, 1023, 1025, CHUNK + 1])
+SHAPES = st.lists(LENGTHS, max_size=5).filter(
+    lambda shape: math.prod(max(size, 1) for size in shape) <= 3 * PARALLEL
+)
+DTYPES = [FLOAT32, FLOAT64, BFLOAT16, COMPLEX64, MIXED[0]]
+
+
+@every_optimizer
+@given(data=st.data(), shape=SHAPES, dtypes=st.sampled_from(DTYPES))
+def test_strides_change_no_bit(name, data, shape, dtypes):
+    def draw():
+        return data.draw(strided(shape))
+
+    values = torch.randn(shape, dtype=dtypes.param)
+    params = [draw()(values).requires_grad_(), Parameter(values.clone())]
+    optimizers = [make(fastopt, name, [param]) for param in params]
+    for param in params:
+        param.grad_dtype = dtypes.grad
+    for _ in range(2):
+        grad = torch.randn(shape, dtype=dtypes.grad)
+        for param, place in zip(params, [draw(), contiguous], strict=True):
+            param.grad = place(grad)
+        for optimizer in optimizers:
+            optimizer.step()
+        for optimizer, param in zip(optimizers, params, strict=True):
+            state = optimizer.state[param]
+            for key in state_names(optimizer):
+                place = draw() if param is params[0] else contiguous
+                state[key] = place(state[key].to(dtypes.state))
+    assert_same_bits(*optimizers)
 
 
 @every_optimizer

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +43,108 @@ def test_number_of_threads_changes_no_bit(name, dtypes, layout, threads):
 
     assert_equal(trained(2), trained(1))
     assert_equal(trained(5), trained(1))
+
+
+# Floating-point mode: every thread has its own, and torch sets the calling thread's only.
+
+
+FLUSHES = """
+import torch, fastopt
+torch.set_num_threads(2)
+
+
+def zeros(tensor):  # of their bits: a thread that flushes takes denormals for zeros
+    return (tensor.view(torch.int32) & 0x7FFFFFFF == 0).sum().item()
+
+
+def stepped(threads):
+    param = torch.nn.Parameter(torch.zeros(1 << 18))
+    param.grad = torch.full_like(param, 1.5e-38)
+    torch.set_num_threads(threads)
+    fastopt.SGD([param], lr=0.125).step()
+    torch.set_num_threads(2)
+    return param.detach()
+
+
+def multiplied():
+    return torch.full((1 << 18,), 1.5e-38).mul_(0.125)
+"""
+
+
+def run_program(program: str) -> str:
+    """What it prints. It finds what tests share beside it."""
+    finished = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+@pytest.fixture
+def flush_denormal():
+    """Sets the calling thread's mode, and sets it back."""
+    if not torch.set_flush_denormal(False):
+        pytest.skip("this processor cannot flush denormals")
+    yield torch.set_flush_denormal
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("workers", [True, False])
+@pytest.mark.parametrize("caller", [True, False])
+def test_denormals_are_flushed_as_the_caller_has_it(workers, caller, flush_denormal):
+    """Threads start with the mode of the thread that starts them."""
+    program = f"""{FLUSHES}
+torch.set_flush_denormal({workers})
+multiplied()
+for threads in [2] * 20 + [1, 5]:
+    torch.set_flush_denormal({caller})
+    print(zeros(stepped(threads)))
+"""
+    assert set(run_program(program).split()) == {str((1 << 18) * caller)}
+
+
+@pytest.mark.parametrize("workers", [True, False])
+def test_worker_threads_get_their_mode_back(workers, flush_denormal):
+    """Seen in an operation of torch's, half of which the caller computes and half the other."""
+    program = f"""{FLUSHES}
+torch.set_flush_denormal({workers})
+multiplied()
+for _ in range(20):
+    torch.set_flush_denormal({not workers})
+    stepped(2)
+    print(zeros(multiplied()))
+"""
+    assert set(run_program(program).split()) == {str(1 << 17)}
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtypes", [FLOAT32, BFLOAT16], ids=str)
+def test_number_of_threads_changes_no_bit_of_denormals(name, dtypes, threads, flush_denormal):
+    case = Case(name, "everything", dtypes, "large")
+
+    def trained(count):
+        threads(count)
+        optimizer = case.make_optimizer(case.parameters(), fastopt, lr=0.125)
+        (param,) = optimizer.param_groups[0]["params"]
+        param.data.mul_(2.0**-126)
+        for step in range(3):
+            case.set_gradients([param], step)
+            param.grad.mul_(2.0**-124)
+            flush_denormal(True)
+            optimizer.step()
+            flush_denormal(False)
+        return snapshot(optimizer)
+
+    alone = trained(1)
+    for count in [2, 5] * 3:
+        assert_equal(trained(count), alone)
+
+
+# Python's threads.
 
 
 @every_optimizer
@@ -162,10 +265,7 @@ for line in open("/proc/self/maps"):
     if re.search(r"/lib[gi]?omp[^/]*$", line):
         print(line.split()[-1])
 """
-    listed = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
-    )
-    runtimes = set(listed.stdout.split())
+    runtimes = set(run_program(program).split())
     assert len(runtimes) == 1, runtimes
 
 
@@ -203,6 +303,40 @@ def test_forked_process_steps_after_its_parent_has(count, threads):
         worker.kill()
         worker.join()
     assert of_the_worker == numbers_after_two_steps(optimizer)
+
+
+@only_linux
+@every_optimizer
+def test_forked_process_steps_after_torch_alone_used_threads(name):
+    program = f"""
+import hashlib, os, signal, torch, fastopt
+from helpers import make
+
+param = torch.nn.Parameter(torch.zeros({PARALLEL * 4}))
+param.grad = torch.ones_like(param)
+optimizer = make(fastopt, {name!r}, [param])
+torch.set_num_threads(1)
+optimizer.step()
+torch.set_num_threads(2)
+torch.ones(1 << 22).add_(1)
+
+
+def digest():
+    optimizer.step()
+    return hashlib.sha256(param.detach().numpy()).digest()
+
+
+receiver, sender = os.pipe()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)  # ends it if it hangs
+    os.write(sender, digest())
+    os._exit(0)
+os.close(sender)
+assert os.waitpid(child, 0)[1] == 0, "the forked process hangs"
+assert os.read(receiver, 32) == digest()
+"""
+    run_program(program)
 
 
 class Inputs(torch.utils.data.Dataset):

@@ -6,151 +6,107 @@
 
 #include <cstring>
 
-#include "../convert.h"
 #include "../rules/rules.h"
-
-// The iterations of the loop that follows do not touch each other's memory: it may be vectorised.
-#ifdef __clang__
-#define FASTOPT_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define FASTOPT_INDEPENDENT _Pragma("GCC ivdep")
-#endif
+#include "float_mode.h"
+#include "tile.h"
 
 namespace fastopt::cpu {
 namespace {
 
-// Elements converted at a time: five float buffers of it stay in the L1 cache.
-constexpr int64_t kBlock = 1024;
-
-// Calls visit(i, offset) for i in [0, n), offset being where element begin + i lies.
-template <class Visit>
-inline void walk(const Layout& w, int64_t begin, int64_t n, Visit visit) {
-  int64_t index[64];  // torch allows 64 dimensions
-  int64_t offset = 0;
-  for (int64_t d = w.ndim - 1, rest = begin; d >= 0; --d) {
-    index[d] = rest % w.shape[d];
-    rest /= w.shape[d];
-    offset += index[d] * w.stride[d];
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    visit(i, offset);
-    for (int64_t d = w.ndim - 1; d >= 0; --d) {
-      offset += w.stride[d];
-      if (++index[d] < w.shape[d]) break;
-      offset -= w.shape[d] * w.stride[d];
-      index[d] = 0;
-    }
-  }
-}
-
-// One tensor of one slot, seen as an array of its storage type.
-struct View {
-  void* data;
-  DType dtype;
-  bool dense;
-  Layout strided;
-};
-
-template <class E, class T>
-void load(const View& view, int64_t begin, int64_t n, T* to) {
-  const E* from = static_cast<const E*>(view.data);
-  if (view.dense) {
-    FASTOPT_INDEPENDENT
-    for (int64_t i = 0; i < n; ++i) to[i] = widen(from[begin + i]);
-  } else {
-    walk(view.strided, begin, n, [=](int64_t i, int64_t at) { to[i] = widen(from[at]); });
-  }
-}
-
-template <class E, class T>
-void store(const View& view, int64_t begin, int64_t n, const T* from) {
-  E* to = static_cast<E*>(view.data);
-  if (view.dense) {
-    FASTOPT_INDEPENDENT
-    for (int64_t i = 0; i < n; ++i) to[begin + i] = narrow<E>(from[i]);
-  } else {
-    walk(view.strided, begin, n, [=](int64_t i, int64_t at) { to[at] = narrow<E>(from[i]); });
-  }
-}
-
-void load(const View& view, int64_t begin, int64_t n, float* to) {
-  switch (view.dtype) {
-    case DType::kFloat32: return load<float>(view, begin, n, to);
-    case DType::kBFloat16: return load<BFloat16>(view, begin, n, to);
-    case DType::kFloat16: return load<Float16>(view, begin, n, to);
-    case DType::kFloat64: return;  // goes with double only: add_slot has checked
-  }
-}
-
-void store(const View& view, int64_t begin, int64_t n, const float* from) {
-  switch (view.dtype) {
-    case DType::kFloat32: return store<float>(view, begin, n, from);
-    case DType::kBFloat16: return store<BFloat16>(view, begin, n, from);
-    case DType::kFloat16: return store<Float16>(view, begin, n, from);
-    case DType::kFloat64: return;
-  }
-}
-
-void load(const View& view, int64_t begin, int64_t n, double* to) {
-  load<double>(view, begin, n, to);
-}
-
-void store(const View& view, int64_t begin, int64_t n, const double* from) {
-  store<double>(view, begin, n, from);
-}
-
 template <class T>
 constexpr DType kNative = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
 
-// The innermost loop: n elements of T, tensors in slot order.
-template <class Rule, int kStates, class T>
-void update(const typename Rule::template Scalars<T>& scalars, T* const* tensor, int64_t n) {
+// The strides of arrays, known when the innermost loop is compiled.
+struct Unit {
+  int64_t operator[](int) const { return 1; }
+};
+
+// The innermost loop: n elements of T, tensors and their strides in slot order.
+template <class Rule, int kStates, class T, class Strides>
+void update(const typename Rule::template Scalars<T>& scalars, T* const* tensor,
+            const Strides& stride, int64_t n) {
   const typename Rule::template Scalars<T> k = scalars;
   T* const p = tensor[kParam];
   const T* const g = tensor[kGrad];
   FASTOPT_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
     T s[kStates + 1];  // one more than needed: C++ has no arrays of zero elements
-    for (int j = 0; j < kStates; ++j) s[j] = tensor[kState + j][i];
-    Rule::template update<T, kStates>(k, p[i], g[i], s);
-    for (int j = 0; j < kStates; ++j) tensor[kState + j][i] = s[j];
+    for (int j = 0; j < kStates; ++j) s[j] = tensor[kState + j][i * stride[kState + j]];
+    Rule::template update<T, kStates>(k, p[i * stride[kParam]], g[i * stride[kGrad]], s);
+    for (int j = 0; j < kStates; ++j) tensor[kState + j][i * stride[kState + j]] = s[j];
+  }
+}
+
+// n elements by way of buffers, which `view` says how to fill.
+template <class Rule, int kStates, class T>
+void update_buffered(const Work& work, const typename Rule::template Scalars<T>& scalars,
+                     const View* view, int64_t n) {
+  constexpr int kCount = kState + kStates;
+  alignas(64) T buffer[kCount][kTile];
+  T* tensor[kCount];
+  for (int i = 0; i < kCount; ++i) load(view[i], tensor[i] = buffer[i]);
+  if (work.grad_scale != 1) {
+    for (int64_t i = 0; i < n; ++i) buffer[kGrad][i] /= T(work.grad_scale);
+    store(view[kGrad], buffer[kGrad]);
+  }
+  update<Rule, kStates, T>(scalars, tensor, Unit{}, n);
+  for (int i = 0; i < kCount; ++i) {
+    if (i != kGrad) store(view[i], buffer[i]);
+  }
+}
+
+// A chunk of a slot whose tensors differ in their strides. An only dimension needs no buffers: its
+// elements can be computed where they lie.
+template <class Rule, int kStates, class T>
+void update_strided(const Work& work, const typename Rule::template Scalars<T>& scalars,
+                    const Slot& slot, int64_t chunk, bool native) {
+  constexpr int kCount = kState + kStates;
+  const int64_t* const layout = work.layouts + slot.layout;
+  if (native && layout[0] == 1) {
+    const int64_t begin = chunk * kChunk;
+    T* tensor[kCount];
+    int64_t stride[kCount];
+    for (int i = 0; i < kCount; ++i) {
+      stride[i] = *layout_of(layout, i).stride;
+      tensor[i] = static_cast<T*>(slot.data[i]) + begin * stride[i];
+    }
+    return update<Rule, kStates, T>(scalars, tensor, stride, smaller(kChunk, slot.numel - begin));
+  }
+  // Elements may be taken in any order: the chunk is its share of the slot's tiles.
+  const Tiling tiling(layout, kCount);
+  const int64_t chunks = (slot.numel + kChunk - 1) / kChunk;
+  const int64_t end = tiling.count() * (chunk + 1) / chunks;
+  for (int64_t t = tiling.count() * chunk / chunks; t < end; ++t) {
+    const Tile tile = tiling.at(t), next = tiling.at(t + 1);
+    View view[kCount];
+    for (int i = 0; i < kCount; ++i) {
+      view[i] = view_of(tile, next, layout_of(layout, i), slot.data[i], work.dtype[i]);
+    }
+    update_buffered<Rule, kStates, T>(work, scalars, view, tile.numel);
   }
 }
 
 template <class Rule, int kStates, class T>
 void update_chunk(const Work& work, const typename Rule::template Scalars<T>& scalars,
-                  const Slot& slot, int64_t chunk_begin) {
+                  const Slot& slot, int64_t chunk) {
   constexpr int kCount = kState + kStates;
-  const int64_t rest = slot.numel - chunk_begin;
-  const int64_t end = chunk_begin + (rest < kChunk ? rest : kChunk);
-  const bool rescale = work.grad_scale != 1;
-
-  View view[kCount];
-  bool native = !rescale;  // all arrays of T in memory: computed in place
-  for (int i = 0; i < kCount; ++i) {
-    view[i] = {slot.data[i], work.dtype[i], slot.layout == kDense, {}};
-    if (!view[i].dense) view[i].strided = layout_of(work.layouts + slot.layout, i);
-    native = native && view[i].dense && view[i].dtype == kNative<T>;
+  bool native = work.grad_scale == 1;  // all are T in memory: nothing to convert
+  for (int i = 0; i < kCount; ++i) native = native && work.dtype[i] == kNative<T>;
+  if (slot.layout != kDense) {
+    return update_strided<Rule, kStates, T>(work, scalars, slot, chunk, native);
   }
-
-  T* tensor[kCount];
+  const int64_t chunk_begin = chunk * kChunk;
+  const int64_t end = smaller(chunk_begin + kChunk, slot.numel);
   if (native) {
+    T* tensor[kCount];
     for (int i = 0; i < kCount; ++i) tensor[i] = static_cast<T*>(slot.data[i]) + chunk_begin;
-    return update<Rule, kStates, T>(scalars, tensor, end - chunk_begin);
+    return update<Rule, kStates, T>(scalars, tensor, Unit{}, end - chunk_begin);
   }
-  alignas(64) T buffer[kCount][kBlock];
-  for (int i = 0; i < kCount; ++i) tensor[i] = buffer[i];
-  for (int64_t begin = chunk_begin; begin < end; begin += kBlock) {
-    const int64_t n = end - begin < kBlock ? end - begin : kBlock;
-    for (int i = 0; i < kCount; ++i) load(view[i], begin, n, buffer[i]);
-    if (rescale) {
-      for (int64_t i = 0; i < n; ++i) buffer[kGrad][i] /= T(work.grad_scale);
-      store(view[kGrad], begin, n, buffer[kGrad]);
-    }
-    update<Rule, kStates, T>(scalars, tensor, n);
-    for (int i = 0; i < kCount; ++i) {
-      if (i != kGrad) store(view[i], begin, n, buffer[i]);
-    }
+  for (int64_t begin = chunk_begin; begin < end; begin += kTile) {
+    const int64_t n = smaller(kTile, end - begin);
+    View view[kCount];
+    for (int i = 0; i < kCount; ++i) view[i] = view_of(begin, n, slot.data[i], work.dtype[i]);
+    update_buffered<Rule, kStates, T>(work, scalars, view, n);
   }
 }
 
@@ -213,7 +169,7 @@ void apply(const Work& work) {
   const auto update_at = [&](int64_t chunk, int64_t slot_before) {
     const int64_t i = slot_of_chunk(work.slots, work.slot_count, slot_before, chunk);
     const Slot& slot = work.slots[i];
-    update_chunk<Rule, kStates, T>(work, scalars[i], slot, (chunk - slot.first_chunk) * kChunk);
+    update_chunk<Rule, kStates, T>(work, scalars[i], slot, chunk - slot.first_chunk);
     return i;
   };
   if (work.threads == 1 || work.numel < kSerial) {  // without the OpenMP runtime at all
@@ -225,11 +181,16 @@ void apply(const Work& work) {
   // Where there are plenty, a thread takes several chunks in a row: longer streams, 4 % more
   // bandwidth.
   const int64_t in_a_row = work.chunk_count < 256 * work.threads ? 4 : 16;
+  // Which thread takes a chunk must not decide its bits: all compute in the mode of the caller's.
+  const FloatMode callers = float_mode();
 #pragma omp parallel num_threads(work.threads)
   {
+    const FloatMode own = float_mode();
+    if (own != callers) set_float_mode(callers);
     int64_t slot = 0;  // a thread meets chunks in rising order
 #pragma omp for schedule(monotonic : dynamic, in_a_row) nowait
     for (int64_t chunk = 0; chunk < work.chunk_count; ++chunk) slot = update_at(chunk, slot);
+    if (own != callers) set_float_mode(own);
   }
 }
 

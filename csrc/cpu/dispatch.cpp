@@ -45,15 +45,10 @@ const InstructionSet& chosen() {
   return set;
 }
 
-// A forked child has its parent's OpenMP runtime without the threads, and would wait for them.
-std::atomic<bool> used_threads{false}, lost_threads{false};
-
-int usable_threads(int threads) {
-  if (threads > 1 && !used_threads.exchange(true)) {
-    pthread_atfork(nullptr, nullptr, [] { lost_threads = true; });
-  }
-  return lost_threads ? 1 : threads;
-}
+// A forked child has its parent's OpenMP runtime without the threads, and would wait for them. Who
+// started them does not matter (torch's operations do, too): so this is registered at import.
+std::atomic<bool> forked{false};
+const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 }  // namespace
 
@@ -64,7 +59,7 @@ void apply(int rule, const Table& table, const Group* groups, float grad_scale, 
       new unsigned char[table.slots.size() * kScalarBytes]);
   chosen().apply({rule, table.states, table.dtype, groups, table.slots.data(),
                   static_cast<int64_t>(table.slots.size()), table.chunk_count, table.layouts.data(),
-                  table.numel, scalars.get(), grad_scale, usable_threads(threads)});
+                  table.numel, scalars.get(), grad_scale, forked ? 1 : threads});
 }
 
 }  // namespace fastopt::cpu

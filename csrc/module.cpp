@@ -150,7 +150,6 @@ struct Member {
   bool fresh = false;                        // it has no states yet
   bool keeps = false;   // its states here are not those in the optimizer: made anew for this step
   bool copied = false;  // not its gradient is stepped with, but a copy that memory shows as it is
-  bool stepped = false;
 };
 
 // Reads tensors as memory.
@@ -420,16 +419,14 @@ class Step {
   void run(int threads, const py::function& launch_triton) {
     if (members_.empty()) return;
     count_versions();
+    size_t done = 0;
     try {
-      for (size_t i = 0; i < tables_.size(); ++i) {
-        run_on_backend(i, threads, launch_triton);
-        for (const int member : tables_[i].members) members_[member].stepped = true;
-      }
+      for (; done < tables_.size(); ++done) run_on_backend(done, threads, launch_triton);
     } catch (...) {
-      keep_states();
+      keep_states(done);
       throw;
     }
-    keep_states();
+    keep_states(done);
     if (rescale_) unscale_copied();
   }
 
@@ -636,10 +633,17 @@ class Step {
     }
   }
 
-  // Puts states that were made for this step into the optimizer: where the step has been made.
-  void keep_states() {
-    for (const Member& member : members_) {
-      if (!member.keeps || !member.stepped) continue;
+  // Puts states that were made for this step into the optimizer, of the tables that have stepped.
+  void keep_states(size_t tables) {
+    const auto keeps = [](const Member& member) { return member.keeps; };
+    if (std::none_of(members_.begin(), members_.end(), keeps)) return;
+    std::vector<bool> stepped(members_.size());
+    for (size_t i = 0; i < tables; ++i) {
+      for (const int32_t member : tables_[i].members) stepped[member] = true;
+    }
+    for (size_t i = 0; i < members_.size(); ++i) {  // in torch's order
+      const Member& member = members_[i];
+      if (!member.keeps || !stepped[i]) continue;
       py::object entry = state_.find_tensor(member.param);
       if (!entry) {
         entry = py::dict();

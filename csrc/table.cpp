@@ -226,16 +226,16 @@ bool is_supported(DLDataType dtype) {
   return false;
 }
 
-void append_slot(Table& table, Slot slot, int member, const int64_t* layout) {
+void append_slot(Table& table, const Slot& slot, int member, const int64_t* layout) {
+  Slot& added = table.slots.emplace_back(slot);
   if (slot.layout != kDense) {
-    slot.layout = static_cast<int64_t>(table.layouts.size());
+    added.layout = static_cast<int64_t>(table.layouts.size());
     table.layouts.insert(table.layouts.end(), layout,
                          layout + layout_size(layout[0], table.states));
   }
-  slot.first_chunk = table.chunk_count;
+  added.first_chunk = table.chunk_count;
   table.chunk_count += (slot.numel + kChunk - 1) / kChunk;
   table.numel += slot.numel;
-  table.slots.push_back(slot);
   table.members.push_back(member);
 }
 

@@ -69,7 +69,7 @@ void add_slot(std::vector<Table>& tables, const Tensors& tensors, int member, in
               bool writes_grad);
 
 // Adds a slot that has been checked; `layout` is where its own starts, unless it is kDense.
-void append_slot(Table& table, Slot slot, int member, const int64_t* layout);
+void append_slot(Table& table, const Slot& slot, int member, const int64_t* layout);
 
 // The addresses that what is at a place of a slot lies between: none where it has no elements.
 struct Span {

@@ -9,8 +9,31 @@ if PathFinder.find_spec("fastopt._C", __path__) is None:
         "`pip install -e .` there, or start Python elsewhere to import what is installed"
     )
 
+from fastopt.adadelta import Adadelta
+from fastopt.adagrad import Adagrad
 from fastopt.adam import Adam, AdamW
+from fastopt.adamax import Adamax
+from fastopt.asgd import ASGD
+from fastopt.lion import Lion
+from fastopt.nadam import NAdam
 from fastopt.optimizer import backends
+from fastopt.radam import RAdam
+from fastopt.rmsprop import RMSprop
+from fastopt.rprop import Rprop
 from fastopt.sgd import SGD
 
-__all__ = ["SGD", "Adam", "AdamW", "backends"]
+__all__ = [
+    "ASGD",
+    "SGD",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "Lion",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "backends",
+]

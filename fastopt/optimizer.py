@@ -83,6 +83,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     _rule: ClassVar[str]
+    _in_torch: ClassVar[bool] = True  # whether torch has such an optimizer, to step instead
     _own_init_group: ClassVar[bool]  # what torch's step asks a class that has one
     _backend: Backend | None = None
     _fallbacks: frozenset[str] = frozenset()  # reasons the user has been told
@@ -101,6 +102,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         reason = _WHY_NOT[backend]()
         if reason is not None:
             raise RuntimeError(f"backend {backend!r} is not usable: {reason}")
+        if backend == "torch" and not self._in_torch:
+            name = type(self).__name__
+            raise ValueError(f"torch.optim has no {name}; choose another backend or None")
         self._backend = backend
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -141,6 +145,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                 return loss
         if self._backend not in (None, "torch"):
             raise RuntimeError(f"backend={self._backend!r} cannot make this step: {reason}")
+        if not self._in_torch:
+            raise RuntimeError(
+                f"fastopt.{type(self).__name__} cannot make this step: {reason}; torch.optim has "
+                "none to step through instead: give it dense tensors on a device that "
+                "fastopt.backends() says is usable"
+            )
         self._tell(reason)
         self._torch_step()
         return loss
@@ -191,7 +201,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._backend == "torch":
             return "backend='torch'"
         for group in self.param_groups:
-            if group["differentiable"]:
+            if group.get("differentiable"):
                 return "a param group has differentiable=True"
         if self._own_init_group or "_init_group" in self.__dict__:
             return f"{type(self).__name__} has an _init_group of its own"
@@ -202,7 +212,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _tell(self, reason: str) -> None:
         """Warn once that torch makes the step, unless the constructor's arguments asked for it."""
-        asked = self._backend == "torch" or self.defaults["differentiable"]
+        asked = self._backend == "torch" or self.defaults.get("differentiable")
         if asked or reason in self._fallbacks:
             return
         name = type(self).__name__
@@ -258,18 +268,22 @@ class FusedOptimizer(torch.optim.Optimizer):
             handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, except that float32 states of 16-bit parameters stay float32."""
+        """As torch's, except that float32 states of 16-bit parameters stay float32, and numbers
+        beside the step count, such as NAdam's ``mu_product``, what they are."""
         loaded: dict[str, Any] = {}
 
         def note(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
             loaded.update(final)
 
         def restore(_: torch.optim.Optimizer) -> None:
+            counts = _C.counts[self._rule][1:]  # of the step count torch itself keeps the dtype
             params = [p for group in self.param_groups for p in group["params"]]
             ids = [i for group in loaded["param_groups"] for i in group["params"]]
             for i, p in zip(ids, params, strict=True):
                 for key, value in loaded["state"].get(i, {}).items():
-                    if isinstance(value, Tensor) and _is_wider(value.dtype, p.dtype):
+                    if isinstance(value, Tensor) and (
+                        key in counts or _is_wider(value.dtype, p.dtype)
+                    ):
                         self.state[p][key] = value.to(p.device)
 
         # torch runs users' hooks before and after; the dict to look at is the one they left.

@@ -5,12 +5,15 @@ A case is (optimizer, options, dtypes, layout): `options` names keyword argument
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+import lion
 
 CHUNK = 4096  # elements of a slot that are one task, as in csrc/slot.h
 PARALLEL = 32768  # elements from which threads share a step, as in csrc/cpu/apply.cpp
@@ -107,6 +110,117 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "everything": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "maximize": True},
         "tensor_lr": {"lr": torch.tensor(3e-3), "momentum": 0.9},
     },
+    "Adadelta": {
+        "default": {},
+        "everything": {"rho": 0.7, "eps": 1e-4, "weight_decay": 0.1, "maximize": True},
+        "tensor_lr": {"lr": torch.tensor(0.3)},
+        "capturable": {"capturable": True},
+    },
+    "Adagrad": {
+        "default": {},
+        "everything": {
+            "lr_decay": 0.1,
+            "weight_decay": 0.1,
+            "initial_accumulator_value": 0.3,
+            "eps": 1e-6,
+            "maximize": True,
+        },
+        "tensor_lr": {"lr": torch.tensor(3e-3)},
+    },
+    "Adamax": {
+        "default": {},
+        "everything": {"betas": (0.7, 0.8), "eps": 0.1, "weight_decay": 0.1, "maximize": True},
+        "tensor_lr": {"lr": torch.tensor(3e-3)},
+        "capturable": {"capturable": True},
+    },
+    "ASGD": {
+        "default": {},
+        "averaging": {"t0": 1.0, "lambd": 0.1, "alpha": 0.3},
+        "everything": {
+            "t0": 2.0,
+            "lambd": 0.03,
+            "alpha": 1.7,
+            "weight_decay": 0.1,
+            "maximize": True,
+        },
+        "tensor_lr": {"lr": torch.tensor(3e-3)},
+        "capturable": {"capturable": True},
+    },
+    "Lion": {
+        "default": {},
+        "everything": {"betas": (0.7, 0.8), "weight_decay": 0.1, "maximize": True},
+        "tensor_lr": {"lr": torch.tensor(3e-3)},
+    },
+    "NAdam": {
+        "default": {},
+        "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True},
+        "everything": {
+            "betas": (0.7, 0.8),
+            "eps": 1e-3,
+            "momentum_decay": 0.3,
+            "weight_decay": 0.1,
+            "maximize": True,
+        },
+        "tensor_lr": {"lr": torch.tensor(3e-3)},
+        "capturable": {"capturable": True},
+    },
+    "RAdam": {
+        "default": {},
+        "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True},
+        # rectified from the second step on
+        "everything": {"betas": (0.7, 0.9), "eps": 1e-3, "weight_decay": 0.1, "maximize": True},
+        "tensor_lr": {"lr": torch.tensor(3e-3)},
+        "capturable": {"capturable": True},
+    },
+    "RMSprop": {
+        "default": {},
+        "momentum": {"momentum": 0.9},
+        "centered": {"centered": True, "alpha": 0.8},
+        "everything": {
+            "momentum": 0.9,
+            "centered": True,
+            "alpha": 0.8,
+            "eps": 1e-3,
+            "weight_decay": 0.1,
+            "maximize": True,
+        },
+        "tensor_lr": {"lr": torch.tensor(3e-3)},
+        "capturable": {"capturable": True},
+    },
+    "Rprop": {
+        "default": {},
+        "everything": {"etas": (0.3, 1.7), "step_sizes": (0.005, 0.02), "maximize": True},
+        "tensor_lr": {"lr": torch.tensor(3e-3)},
+        "capturable": {"capturable": True},
+    },
+}
+
+IN_TORCH = [name for name in OPTIONS if name != "Lion"]
+
+# What an optimizer keeps of a parameter: numbers, and tensors like it.
+COUNTS = {"SGD": [], "Lion": [], "NAdam": ["step", "mu_product"], "ASGD": ["step", "eta", "mu"]}
+STATES = {
+    "Adam": ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"],
+    "AdamW": ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"],
+    "SGD": ["momentum_buffer"],
+    "Adadelta": ["square_avg", "acc_delta"],
+    "Adagrad": ["sum"],
+    "Adamax": ["exp_avg", "exp_inf"],
+    "ASGD": ["ax"],
+    "Lion": ["exp_avg"],
+    "NAdam": ["exp_avg", "exp_avg_sq"],
+    "RAdam": ["exp_avg", "exp_avg_sq"],
+    "RMSprop": ["square_avg", "momentum_buffer", "grad_avg"],
+    "Rprop": ["prev", "step_size"],
+}
+# Of these, the option that asks for it; and the option that says how others begin, or the number.
+ONLY_WITH = {"max_exp_avg_sq": "amsgrad", "momentum_buffer": "momentum", "grad_avg": "centered"}
+FIRST = {
+    "mu_product": 1.0,
+    "mu": 1.0,
+    "eta": "lr",
+    "step_size": "lr",
+    "sum": "initial_accumulator_value",
 }
 
 
@@ -140,11 +254,22 @@ class Case:
     ) -> torch.optim.Optimizer:
         """The case's optimizer out of `module`: torch.optim, fastopt."""
         kwargs = copy.deepcopy(OPTIONS[self.optimizer][self.options]) | overrides
-        optimizer = getattr(module, self.optimizer)(params, **kwargs)
+        optimizer = construct(module, self.optimizer, params, **kwargs)
         if self.dtypes.state != self.dtypes.param:
             for param in params:
-                optimizer.state[param] = _zero_state(optimizer, param, self.dtypes.state)
+                optimizer.state[param] = _first_state(optimizer, param, self.dtypes.state)
         return optimizer
+
+
+# Options about who makes a step: not every class of torch's knows each.
+HINTS = ("fused", "foreach", "capturable", "differentiable")
+
+
+def construct(module: Any, name: str, params: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    """An optimizer of torch.optim or fastopt, without the hints that it does not know."""
+    cls = lion.Lion if module is torch.optim and name == "Lion" else getattr(module, name)
+    known = inspect.signature(cls).parameters
+    return cls(params, **{k: v for k, v in kwargs.items() if k not in HINTS or k in known})
 
 
 def _random(
@@ -161,17 +286,33 @@ def _random(
 def state_names(optimizer: torch.optim.Optimizer) -> list[str]:
     """The per-element states of an optimizer's first group, in torch's names."""
     group = optimizer.param_groups[0]
-    if isinstance(optimizer, torch.optim.SGD):
-        return ["momentum_buffer"] if group["momentum"] != 0 else []
-    return ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
+    return [
+        key
+        for key in STATES[type(optimizer).__name__]
+        if key not in ONLY_WITH or group[ONLY_WITH[key]]
+    ]
 
 
-def _zero_state(
+def count_names(optimizer: torch.optim.Optimizer) -> list[str]:
+    return COUNTS.get(type(optimizer).__name__, ["step"])
+
+
+def first_value(key: str, group: dict[str, Any]) -> float:
+    """Of a state before the first step."""
+    first = FIRST.get(key, 0.0)
+    return float(group[first] if isinstance(first, str) else first)
+
+
+def _first_state(
     optimizer: torch.optim.Optimizer, param: Tensor, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    state = {name: torch.zeros_like(param, dtype=dtype) for name in state_names(optimizer)}
-    if not isinstance(optimizer, torch.optim.SGD):
-        state["step"] = torch.zeros((), device=param.device)
+    group = optimizer.param_groups[0]
+    state = {
+        key: torch.full((), first_value(key, group), device=param.device)
+        for key in count_names(optimizer)
+    }
+    for key in state_names(optimizer):
+        state[key] = torch.full_like(param, first_value(key, group), dtype=dtype)
     return state
 
 
@@ -193,18 +334,39 @@ MIXED = [
 
 
 def _cases() -> list[Case]:
-    """Every option in the usual dtypes, every dtype with the fewest and the most options, and every
-    layout with the most."""
+    """Of Adam and SGD every option in the usual dtypes, every dtype with the fewest and the most
+    options, and every layout with the most; of the others, which share all but the arithmetic with
+    them, every option once and the most in all that arithmetic is done in."""
     return [
         Case(optimizer, options, dtypes, layout)
         for optimizer in OPTIONS
         for options in OPTIONS[optimizer]
         for dtypes in [*UNIFORM, *MIXED]
         for layout in LAYOUTS
-        if (layout == "sizes" and dtypes in (FLOAT32, FLOAT64, BFLOAT16))
+        if (_is_one_of_many if optimizer in ("Adam", "SGD") else _is_one_of_few)(
+            options, dtypes, layout
+        )
+    ]
+
+
+def _is_one_of_many(options: str, dtypes: Dtypes, layout: str) -> bool:
+    return (
+        (layout == "sizes" and dtypes in (FLOAT32, FLOAT64, BFLOAT16))
         or (layout == "sizes" and options in ("default", "everything"))
         or (options == "everything" and dtypes in (FLOAT32, BFLOAT16, COMPLEX64, MIXED[0]))
-    ]
+    )
+
+
+def _is_one_of_few(options: str, dtypes: Dtypes, layout: str) -> bool:
+    if layout == "sizes":
+        return dtypes == FLOAT64 or (
+            options == "everything" and dtypes in (FLOAT32, BFLOAT16, COMPLEX64, MIXED[0])
+        )
+    return options == "everything" and (dtypes, layout) in (
+        (FLOAT32, "large"),
+        (FLOAT16, "every_second"),
+        (COMPLEX128, "transposed_grad"),
+    )
 
 
 CASES = _cases()

@@ -11,9 +11,28 @@ from torch.optim import Optimizer
 from torch.testing import assert_close
 
 import fastopt
-from cases import OPTIONS, Case
+from cases import IN_TORCH, OPTIONS, Case, construct
 
-every_optimizer = pytest.mark.parametrize("name", OPTIONS)
+every_rule = pytest.mark.parametrize("name", OPTIONS)
+
+
+def _all_but(*names: str) -> pytest.MarkDecorator:
+    """Of those that torch has, too."""
+    return pytest.mark.parametrize("name", [name for name in IN_TORCH if name not in names])
+
+
+every_optimizer = _all_but()
+
+# Rprop reads its rate when it makes a state, and never again.
+reading_lr = _all_but("Rprop")
+
+# torch's own ASGD reads numbers of its state, which tensors without memory do not have; Adagrad's
+# loop does so only where it is traced.
+on_meta = _all_but("ASGD")
+traceable = _all_but("ASGD", "Adagrad")
+
+# Those with a fused step in torch: to them `fused` is an option.
+fused_in_torch = pytest.mark.parametrize("name", ["Adagrad", "Adam", "AdamW", "SGD"])
 
 # torch's step in place of ours is an error, unless a test expects it.
 FALLBACK = ".* steps through torch.optim"
@@ -42,6 +61,7 @@ ALL_STATES: dict[str, dict[str, Any]] = {
     "Adam": {"amsgrad": True},
     "AdamW": {"amsgrad": True},
     "SGD": {"momentum": 0.9},
+    "RMSprop": {"momentum": 0.9, "centered": True},
 }
 
 # In float64: room for another order of operations, none for another formula.
@@ -53,7 +73,7 @@ LAST_DIGITS = {"rtol": 1e-12, "atol": 1e-15}
 
 def make(module: Any, name: str, params: Any, **kwargs: Any) -> Optimizer:
     """An optimizer of `module` (torch.optim, fastopt) with every state and a rate that shows."""
-    return getattr(module, name)(params, **{"lr": 0.1} | ALL_STATES[name] | kwargs)
+    return construct(module, name, params, **{"lr": 0.1} | ALL_STATES.get(name, {}) | kwargs)
 
 
 def forloop(name: str, params: Any) -> Optimizer:

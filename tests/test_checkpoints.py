@@ -13,6 +13,7 @@ from cases import BFLOAT16, CASES, FLOAT32, FLOAT64, Case, state_names
 from helpers import (
     assert_agrees_with_torch,
     assert_equal,
+    assert_same_tensors,
     every_optimizer,
     native_only,
     parameters,
@@ -75,6 +76,15 @@ def straight_through(case: Case, module: Any = torch.optim, **engine: Any):
     return optimizer
 
 
+def as_resumed_by(module: Any, case: Case) -> torch.optim.Optimizer:
+    """Ours goes on as if it had not stopped; so does torch's, unless loading changes a dtype:
+    NAdam's mu_product, ASGD's eta and mu take the parameter's."""
+    if module is fastopt:
+        return straight_through(case, foreach=False)
+    stock = case.make_optimizer(case.parameters(), foreach=False)
+    return resumed(case, stock, checkpoint_after_three_steps(case, torch.optim, foreach=False))
+
+
 @every_optimizer
 @every_peer
 def test_checkpoint_resumes_in_fastopt(name, module, engine):
@@ -82,7 +92,10 @@ def test_checkpoint_resumes_in_fastopt(name, module, engine):
     checkpoint = checkpoint_after_three_steps(case, module, **engine)
     ours = case.make_optimizer(case.parameters(), fastopt)
     resumed(case, ours, checkpoint)
-    assert_agrees_with_torch(ours, straight_through(case, foreach=False))
+    if name == "ASGD" and engine.get("foreach"):  # whose powers are float32 there
+        assert_same_tensors(ours, straight_through(case, foreach=False), rtol=1e-6, atol=1e-6)
+    else:
+        assert_agrees_with_torch(ours, straight_through(case, foreach=False))
 
 
 @every_optimizer
@@ -91,7 +104,7 @@ def test_checkpoint_of_fastopt_resumes_in(name, module, engine):
     case = Case(name, "everything", FLOAT64, "sizes")
     checkpoint = checkpoint_after_three_steps(case, fastopt)
     theirs = resumed(case, case.make_optimizer(case.parameters(), module, **engine), checkpoint)
-    assert_agrees_with_torch(theirs, straight_through(case, foreach=False))
+    assert_agrees_with_torch(theirs, as_resumed_by(module, case))
 
 
 # Every dtype and layout, but for states narrower than their parameter: those are widened on load.
@@ -154,7 +167,7 @@ def test_names_travel_with_a_checkpoint(name, writer, reader, named):
     train(case, saved, range(3))
     loaded = make(reader, named in ("reader", "both"), "reader")
     resumed(case, loaded, save(saved))
-    assert_agrees_with_torch(loaded, straight_through(case, foreach=False))
+    assert_agrees_with_torch(loaded, as_resumed_by(reader, case))
     owner = "reader" if named == "reader" else "writer"
     assert loaded.param_groups[0]["param_names"][0] == f"{owner}.0"
 

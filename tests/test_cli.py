@@ -11,7 +11,7 @@ import torch
 
 import fastopt
 import fastopt.__main__ as cli
-from cases import OPTIONS
+from cases import IN_TORCH
 
 
 def run(*arguments: str) -> str:
@@ -26,7 +26,7 @@ def test_report_names_every_backend_and_is_healthy():
     for backend, reason in fastopt.backends().items():
         assert f"backend {backend}: {reason or 'usable'}" in lines
     tests = [line for line in lines if line.startswith("self-test")]
-    assert sum(" on cpu:" in line for line in tests) == 2 * len(OPTIONS)
+    assert sum(" on cpu:" in line for line in tests) == 2 * len(IN_TORCH)
     assert all(line.endswith(": agrees") for line in tests)
 
 
@@ -37,7 +37,7 @@ def test_json_report_has_the_same_facts():
     assert report["backends"] == fastopt.backends()
     assert report["threads"] > 0
     assert len(report["openmp"]) == 1
-    for name in OPTIONS:
+    for name in IN_TORCH:
         for dtype in ("float32", "float64"):
             assert report["self_test"][f"{name} {dtype} on cpu"] is None
     described = {"fastopt", "python", "built", "cuda", "instruction_set"}

@@ -26,11 +26,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import BFLOAT16, CHUNK, FLOAT16, FLOAT32, FLOAT64, unaligned
+from cases import BFLOAT16, CHUNK, FLOAT16, FLOAT32, FLOAT64, count_names, unaligned
 from fastopt import optimizer as engine
 from helpers import (
     assert_same_bits,
-    every_optimizer,
+    every_rule,
     native_only,
     parameters,
     tensors_of,
@@ -123,14 +123,14 @@ def backend():
 
 
 @pytest.mark.parametrize("dtypes", [FLOAT32, FLOAT64, BFLOAT16], ids=str)
-@every_optimizer
+@every_rule
 def test_every_size_around_vectors_and_chunks(name, dtypes):
     sizes = [*range(1, 18), *(k * CHUNK + d for k in (1, 2) for d in (-9, -8, -1, 0, 1, 8, 9))]
     values = [torch.randn(size).to(dtypes.param) for size in sizes]
     assert_steps_alike(*twins("cuda", name, values))
 
 
-@every_optimizer
+@every_rule
 def test_blocks_take_several_turns(device, name):
     cuda, cpu = twins(
         "cuda", name, [torch.randn(3), torch.randn(25 * CHUNK + 1), torch.randn(34 * CHUNK)]
@@ -170,7 +170,7 @@ def test_one_unaligned_tensor_is_enough_to_go_without_vectors(device, dtypes, at
     assert_same_bits(cuda, cpu)
 
 
-@every_optimizer
+@every_rule
 def test_a_layout_of_many_dimensions(name):
     value = torch.randn((2,) * 13).permute(*range(12, -1, -2), *range(1, 13, 2))
     cuda, cpu = twins("cuda", name, [value])
@@ -199,10 +199,10 @@ def test_any_number_of_tensors_is_one_launch_of_update(device, count):
 
 
 @pytest.mark.parametrize("count", [2, GROUPS, GROUPS + 1, 500])
-@every_optimizer
+@every_rule
 def test_any_number_of_groups_is_one_launch_of_update(device, name, count):
     groups = [
-        {"params": [value], "lr": 0.1 / (1 + i), "weight_decay": 0.01 * i}
+        {"params": [value], "lr": 0.1 / (1 + i), "maximize": i % 3 == 0}
         for i, value in enumerate(many(count))
     ]
     cuda, cpu = twins("cuda", name, groups)
@@ -213,7 +213,7 @@ def test_any_number_of_groups_is_one_launch_of_update(device, name, count):
     assert launches.advance == -(-count // GROUPS)
 
 
-@every_optimizer
+@every_rule
 def test_any_number_of_layouts_is_one_launch_of_update(device, name):
     count = 100
     cuda, cpu = twins("cuda", name, [torch.randn(3, 4, 5).transpose(1, 2) for _ in range(count)])
@@ -223,7 +223,7 @@ def test_any_number_of_layouts_is_one_launch_of_update(device, name):
     launches = device.step(cuda)
     cpu.step()
     assert_same_bits(cuda, cpu)
-    tensors = 1 + len(tensors_of(cuda)[0]) - (name != "SGD")  # with the gradient, without the step
+    tensors = 1 + len(tensors_of(cuda)[0]) - len(count_names(cuda))  # with the gradient
     numbers = 1 + 3 * (1 + tensors)  # of a layout: its dimensions, their sizes and strides
     assert launches.advance == -(-count // (LAYOUT_NUMBERS // numbers))
 

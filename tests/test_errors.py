@@ -11,7 +11,15 @@ from torch.optim import Optimizer
 
 import fastopt
 from cases import BFLOAT16, COMPLEX64, FLOAT32, FLOAT64, Case, state_names
-from helpers import assert_equal, every_optimizer, parameters, snapshot, tensors_of, train
+from helpers import (
+    assert_equal,
+    every_optimizer,
+    parameters,
+    reading_lr,
+    snapshot,
+    tensors_of,
+    train,
+)
 
 # The constructor.
 
@@ -377,7 +385,7 @@ def test_error_in_the_closure_leaves_everything_as_it_was(name):
     assert_equal(snapshot(optimizer), before)
 
 
-@every_optimizer
+@reading_lr
 @pytest.mark.parametrize("lr", ["0.1", None, torch.tensor([0.1, 0.2])], ids=str)
 def test_lr_that_is_no_number_changes_nothing(name, lr):
     case = Case(name, "everything", FLOAT32, "sizes")

@@ -28,7 +28,26 @@ VECTOR = {"float32": 4, "float64": 2, "bfloat16": 8, "float16": 8, "mixed": 4}
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 # Calls of multiply_add for an element, by rule and number of states; a lerp is written with two.
-MULTIPLY_ADDS = {("Adam", 2): 4, ("Adam", 3): 4, ("SGD", 0): 2, ("SGD", 1): 4}
+MULTIPLY_ADDS = {
+    ("Adadelta", 2): 4,
+    ("Adagrad", 1): 2,
+    ("Adam", 2): 4,
+    ("Adam", 3): 4,
+    ("Adamax", 2): 4,
+    ("ASGD", 1): 3,
+    ("Lion", 1): 5,
+    ("NAdam", 2): 5,
+    ("RAdam", 2): 5,
+    ("RMSprop", 1): 3,
+    ("RMSprop", 2): 7,
+    ("RMSprop", 3): 7,
+    ("Rprop", 2): 1,
+    ("SGD", 0): 2,
+    ("SGD", 1): 4,
+}
+# Those in a slot's powers, two each; of a constant base the compiler takes the logarithm.
+IN_POWERS = {"Adam": 4, "Adamax": 2, "ASGD": 2, "NAdam": 4, "RAdam": 4}
+RULES = sorted({rule for rule, _ in MULTIPLY_ADDS})
 
 # A multiprocessor of sm_90.
 REGISTERS, REGISTERS_AT_A_TIME = 65536, 8
@@ -51,7 +70,7 @@ class Name:
 
 
 EXPECTED = {
-    *(Name("advance", rule, precision) for rule in ("Adam", "SGD") for precision in STORAGES[:2]),
+    *(Name("advance", rule, precision) for rule in RULES for precision in STORAGES[:2]),
     *(Name("update", rule, storage, n) for rule, n in MULTIPLY_ADDS for storage in STORAGES),
 }
 
@@ -242,7 +261,7 @@ def test_float32_arithmetic_has_no_float64_instruction(updates):
 def test_multiply_adds_are_fused_where_a_rule_says_so_and_nowhere_else(kernels):
     for name, kernel in kernels.items():
         assert contractible(kernel.ptx) == [], name
-        expected = 0
+        expected = IN_POWERS.get(name.rule, 0)
         if name.phase == "update":  # the rule is there for a vector and for a single element
             expected = MULTIPLY_ADDS[name.rule, name.states] * (VECTOR[name.storage] + 1)
         assert multiply_adds(kernel.ptx) == expected, name

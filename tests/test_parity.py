@@ -1,11 +1,14 @@
 """How near ours is to torch and to the mathematics, in every case of the table."""
 
+import inspect
+
 import pytest
 import torch
 
 import fastopt
 from cases import BFLOAT16, CASES, FLOAT16, FLOAT32, OPTIONS, UNIFORM, Case
 from helpers import LAST_DIGITS, assert_agrees_with_torch, tensors_of, train
+from lion import Lion
 from oracle import SAMPLING, Oracle, rms_ulp, wide
 
 DOUBLE = (torch.float64, torch.complex128)
@@ -23,8 +26,16 @@ def forloop(case, params):
     """torch's for-loop, which on the CPU has no capturable: there it changes no number."""
     optimizer = case.make_optimizer(params, fused=False, foreach=False)
     for group in optimizer.param_groups:
-        group["capturable"] = False
+        if "capturable" in group:
+            group["capturable"] = False
     return optimizer
+
+
+def as_torch_would(case, params):
+    """torch's fused step; its for-loop, without what that refuses on the CPU, where it has none."""
+    if "fused" in inspect.signature(getattr(torch.optim, case.optimizer, Lion)).parameters:
+        return case.make_optimizer(params, fused=True)
+    return forloop(case, params)
 
 
 def has_forloop(case):
@@ -83,13 +94,20 @@ def test_every_step_is_computed_in_float32_and_rounded_once(case):
 
 @pytest.mark.parametrize(
     ("optimizer", "options"),
-    [(optimizer, options) for optimizer in OPTIONS for options in OPTIONS[optimizer]],
+    [
+        (optimizer, options)
+        for optimizer in OPTIONS
+        for options in OPTIONS[optimizer]
+        # The others' arithmetic is the default's: 5 s each.
+        if optimizer == "Adam" or options not in ("capturable", "tensor_lr")
+    ],
 )
 def test_float32_is_as_near_to_the_truth_as_torchs_fused_step(optimizer, options):
+    """Or as torch's for-loop, where torch has none fused."""
     case = Case(optimizer, options, FLOAT32, "large")
 
     ours = rms_ulp(case, lambda params: case.make_optimizer(params, fastopt))
-    torchs = rms_ulp(case, lambda params: case.make_optimizer(params, fused=True))
+    torchs = rms_ulp(case, lambda params: as_torch_would(case, params))
     worse = {
         name: f"{ours[name]:.4f} ulp, torch {torchs[name]:.4f}"
         for name in ours
@@ -100,10 +118,11 @@ def test_float32_is_as_near_to_the_truth_as_torchs_fused_step(optimizer, options
 
 SAME_BITS = [
     Case(optimizer, options, dtypes, "large")
-    for optimizer in OPTIONS
+    for optimizer in ("Adam", "AdamW", "Adagrad", "SGD")
     for options in OPTIONS[optimizer]
     for dtypes in (FLOAT32, BFLOAT16, FLOAT16)
-    if optimizer != "SGD" or dtypes == FLOAT32  # torch's 16-bit SGD is wrong on the CPU: B10
+    # In 16 bit torch's SGD is wrong on the CPU (B10), its Adagrad rounds the sum before the root.
+    if optimizer in ("Adam", "AdamW") or dtypes == FLOAT32
 ]
 
 

@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastopt
-from cases import CHUNK, OPTIONS, channels_last, contiguous, every_second, transposed, unaligned
+from cases import (
+    CHUNK,
+    OPTIONS,
+    STATES,
+    channels_last,
+    construct,
+    contiguous,
+    every_second,
+    transposed,
+    unaligned,
+)
 from helpers import ALL_STATES, assert_equal, assert_same_tensors, snapshot, tensors_of
 from oracle import Oracle, wide
 
@@ -73,22 +83,37 @@ def specs(draw, dtypes=tuple(TOLERANCE), mixed=True):
     )
 
 
+BETAS = st.tuples(st.floats(0, 0.99), st.floats(0, 0.9999))
+EPS = st.sampled_from([1e-8, 1e-3, 1.0])
+OF_EACH = {
+    "Adadelta": {"rho": st.floats(0, 0.99), "eps": EPS},
+    "Adagrad": {"lr_decay": st.floats(0, 1), "eps": EPS},
+    "Adam": {"betas": BETAS, "eps": EPS, "amsgrad": st.booleans()},
+    "AdamW": {"betas": BETAS, "eps": EPS, "amsgrad": st.booleans()},
+    "Adamax": {"betas": BETAS, "eps": EPS},
+    "ASGD": {"lambd": st.floats(0, 1), "alpha": st.floats(0, 2), "t0": st.integers(0, 3)},
+    "Lion": {"betas": BETAS},
+    "NAdam": {"betas": BETAS, "eps": EPS, "momentum_decay": st.floats(0, 1)},
+    "RAdam": {"betas": BETAS, "eps": EPS},
+    "RMSprop": {"alpha": st.floats(0, 0.99), "eps": EPS, "momentum": st.just(0.0) | st.just(0.9)},
+    "Rprop": {"etas": st.tuples(st.floats(0.1, 0.9), st.floats(1.1, 2))},
+    "SGD": {},
+}
+DECOUPLES = ("Adam", "NAdam", "RAdam")
+
+
 @st.composite
 def options(draw, name):
-    drawn = {
-        "lr": draw(st.floats(0, 0.1)),
-        "weight_decay": draw(st.just(0.0) | st.floats(1e-6, 0.05)),
-        "maximize": draw(st.booleans()),
-    }
+    drawn = {"lr": draw(st.floats(0, 0.1)), "maximize": draw(st.booleans())}
+    if name != "Rprop":
+        drawn["weight_decay"] = draw(st.just(0.0) | st.floats(1e-6, 0.05))
+    if name in DECOUPLES:
+        drawn["decoupled_weight_decay"] = draw(st.booleans())
     if name == "SGD":
         drawn["momentum"] = draw(st.just(0.0) | st.floats(0.1, 0.99))
         drawn["nesterov"] = drawn["momentum"] > 0 and draw(st.booleans())
         drawn["dampening"] = 0.0 if drawn["nesterov"] else draw(st.floats(0, 1))
-    else:
-        drawn["betas"] = draw(st.tuples(st.floats(0, 0.99), st.floats(0, 0.9999)))
-        drawn["eps"] = draw(st.sampled_from([1e-8, 1e-3, 1.0]))
-        drawn["amsgrad"] = draw(st.booleans())
-    return drawn
+    return drawn | {key: draw(values) for key, values in OF_EACH[name].items()}
 
 
 def groups(name, spec):
@@ -105,7 +130,7 @@ def build(module, name, plan, **kwargs):
         {"params": [param for param, _ in pair_list]} | drawn
         for pair_list, (drawn, _) in zip(pairs, plan, strict=True)
     ]
-    optimizer = getattr(module, name)(param_groups, **kwargs)
+    optimizer = construct(module, name, param_groups, **kwargs)
     return optimizer, [pair for pair_list in pairs for pair in pair_list]
 
 
@@ -202,7 +227,7 @@ def mix_in_complex(optimizer, param):
 
 
 def last_state(optimizer):
-    return "momentum_buffer" if isinstance(optimizer, torch.optim.SGD) else "exp_avg_sq"
+    return STATES[type(optimizer).__name__][-1]
 
 
 @given(
@@ -214,7 +239,7 @@ def test_a_step_that_raises_has_changed_nothing(plan, sabotage, scaled):
     """Whatever stands before the broken parameter, which is the last of the last group."""
     name, plan = plan
     broken = Spec((4, 3), torch.float32, torch.float32, contiguous, contiguous, (True,) * STEPS)
-    plan = [*plan, ({"lr": 0.1} | ALL_STATES[name], [broken])]
+    plan = [*plan, ({"lr": 0.1} | ALL_STATES.get(name, {}), [broken])]
     optimizer, params = build(fastopt, name, plan)
     for param, spec in params:
         spec.set_gradient(param, step=0)

@@ -139,7 +139,8 @@ def test_shared_states_are_stepped_in_turn(name):
             second[key] = first[key]
         return trained(optimizer)
 
-    assert_agrees_with_torch(made(fastopt), made(torch.optim, foreach=False))
+    ours, stock = made(fastopt), made(torch.optim, foreach=False)
+    assert_same_tensors(ours, stock, rtol=1e-12, atol=1e-14)  # RMSprop divides by small numbers
 
 
 @every_optimizer
@@ -179,13 +180,20 @@ def test_parameter_that_shares_memory_with_its_own_gradient_is_torchs_to_step(na
         param = Parameter(memory[: 20 - offset])
         param.grad = memory[offset:]
         optimizer = make(module, name, [param], **options)
-        for _ in range(2):
-            optimizer.step()
+        try:
+            for _ in range(2):
+                optimizer.step()
+        except RuntimeError as error:  # one of torch's operations refuses
+            return str(error)
         return optimizer
 
     with pytest.warns(UserWarning, match=f"{FALLBACK}: the parameter and grad share memory"):
         ours = made(fastopt)
-    assert_same_tensors(ours, made(torch.optim, foreach=False), rtol=0, atol=0)
+    stock = made(torch.optim, foreach=False)
+    if isinstance(stock, str):
+        assert ours == stock
+    else:
+        assert_same_tensors(ours, stock, rtol=0, atol=0)
 
 
 @given(

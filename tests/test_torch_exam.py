@@ -19,6 +19,7 @@ from torch.testing._internal.common_optimizers import (
 )
 
 import fastopt
+from cases import construct
 from helpers import assert_equal, assert_same_tensors, snapshot, step_alike
 
 
@@ -56,7 +57,11 @@ def _questions(inputs):
 
 run_natively = _questions(_native_inputs)
 in_every_configuration = _questions(_all_inputs)
-each_optimizer = pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
+fused_in_torch = pytest.mark.parametrize(
+    "info",
+    [info for info in INFOS if "fused" in info.supported_impls],
+    ids=lambda info: info.name,
+)
 
 
 def make(info, question, params, **overrides):
@@ -64,10 +69,13 @@ def make(info, question, params, **overrides):
 
 
 def make_forloop(info, question, params):
-    """torch's own for-loop, which on the CPU has no capturable: there it changes no number."""
+    """torch's own for-loop, which on the CPU has no capturable: there it changes no number. It
+    computes with a Tensor lr in float32, with a number in double."""
     kwargs = copy.deepcopy(question.kwargs) | {"foreach": False, "fused": False}
     kwargs.pop("capturable", None)
-    return getattr(torch.optim, info.name)(params, **kwargs)
+    if "lr" in kwargs:
+        kwargs["lr"] = float(kwargs["lr"])
+    return construct(torch.optim, info.name, params, **kwargs)
 
 
 class Regression:
@@ -132,7 +140,9 @@ def test_errors(info, error_input):
         info.optim_cls(params, **question.kwargs)
 
 
-@each_optimizer
+@pytest.mark.parametrize(
+    "info", [i for i in INFOS if "fused" in i.supported_impls], ids=lambda info: info.name
+)
 @pytest.mark.parametrize(
     ("flag", "text"),
     [
@@ -247,7 +257,8 @@ def test_step_is_noop_for_zero_grads(info, question):
     """Without weight decay; and an empty parameter is no obstacle."""
     params = [Parameter(torch.randn(5, 1, dtype=torch.float64)), Parameter(torch.randn(0, 2))]
     before = copy.deepcopy(params)
-    optimizer = make(info, question, params, weight_decay=0.0)
+    optimizer = make(info, question, params)
+    optimizer.param_groups[0].update(weight_decay=0.0, lambd=0.0)  # of ASGD
     for param in params:
         param.grad = torch.zeros_like(param)
     optimizer.step()

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastopt
-from cases import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, MIXED, state_names
-from helpers import ALL_STATES, assert_same_bits, native_only, parameters
+from cases import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, MIXED, OPTIONS, count_names, state_names
+from helpers import assert_same_bits, native_only, parameters
 from same_bits import (  # noqa: F401 - the tests among them
     assert_steps_alike,
     set_gradients,
@@ -68,7 +68,7 @@ def values(draw):
     taken so far, and options."""
     number = st.floats(width=32)  # NaN, infinities and subnormals among them
     return (
-        draw(st.sampled_from(sorted(ALL_STATES))),
+        draw(st.sampled_from(sorted(OPTIONS))),
         draw(st.sampled_from([FLOAT32, FLOAT64, BFLOAT16, FLOAT16, *MIXED])),
         draw(st.lists(st.tuples(*[number] * 5), min_size=1, max_size=40)),
         draw(st.integers(0, 2**24)),
@@ -83,6 +83,8 @@ def values(draw):
 def test_same_bits_from_any_values(drawn):
     name, dtypes, rows, steps_taken, options = drawn
     param, grad, *states = torch.tensor(rows, dtype=torch.float64).T
+    if name == "Rprop":
+        del options["weight_decay"]
     optimizers = twins("triton", name, [param.to(dtypes.param)], **options)
     for optimizer in optimizers:
         (param,) = parameters(optimizer)
@@ -90,8 +92,8 @@ def test_same_bits_from_any_values(drawn):
         param.grad = grad.to(dtypes.grad)
         keys = state_names(optimizer)
         state = {key: states[i].to(dtypes.state, copy=True) for i, key in enumerate(keys)}
-        if name != "SGD":
-            state["step"] = torch.tensor(float(steps_taken))
+        for key in count_names(optimizer):
+            state[key] = torch.tensor(float(steps_taken) if key == "step" else 0.25)
         optimizer.state[param] = state
         optimizer.step()
     assert_same_bits(*optimizers)

@@ -124,4 +124,10 @@ FASTOPT_RULE T maximum(T a, T b) {
 FASTOPT_RULE float square_root(float x) { return sqrtf(x); }
 FASTOPT_RULE double square_root(double x) { return sqrt(x); }
 
+// torch.sign: of NaN it is 0.
+template <class T>
+FASTOPT_RULE T sign(T x) {
+  return T(x > T(0)) - T(x < T(0));
+}
+
 }  // namespace fastopt

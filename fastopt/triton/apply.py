@@ -10,12 +10,35 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastopt.triton import Table, adam, kernels, sgd
+from fastopt.triton import (
+    Table,
+    adadelta,
+    adagrad,
+    adam,
+    adamax,
+    asgd,
+    kernels,
+    lion,
+    nadam,
+    radam,
+    rmsprop,
+    rprop,
+    sgd,
+)
 from fastopt.triton.convert import STORAGE
 
 # As csrc/rules/rules.h: one line here registers a rule's mirror.
 RULES = {
+    "adadelta": adadelta,
+    "adagrad": adagrad,
     "adam": adam,
+    "adamax": adamax,
+    "asgd": asgd,
+    "lion": lion,
+    "nadam": nadam,
+    "radam": radam,
+    "rmsprop": rmsprop,
+    "rprop": rprop,
     "sgd": sgd,
 }
 

@@ -81,6 +81,12 @@ def maximum(a, b):
     return tl.where((b > a) | (b != b), b, a)
 
 
+@triton.jit
+def sign(x):
+    """torch.sign: of NaN it is 0."""
+    return tl.where(x > 0, 1.0, 0.0) - tl.where(x < 0, 1.0, 0.0)
+
+
 # Triton's sqrt and / are IEEE's in double only: in float they are faster unless asked by name.
 
 

@@ -118,6 +118,29 @@ def test_step_counted_in_float64(backend, dtypes):
     assert all(state["step"] == 2**24 + 2 for state in optimizers[0].state.values())
 
 
+@pytest.mark.parametrize("count", [3.5, 1e-3, 2.0**40, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["Adam", "NAdam", "RAdam", "ASGD"])
+def test_any_count(backend, name, count):
+    optimizers = twins(backend, name, [torch.randn(5)])
+    assert_steps_alike(*optimizers, steps=1)
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            state["step"].fill_(count)
+    assert_steps_alike(*optimizers)
+
+
+@every_rule
+def test_parameters_that_share_memory_are_stepped_in_turn(backend, name):
+    values = torch.randn(CHUNK + 9)
+    optimizers = []
+    for which in (backend, "cpu"):
+        weight = values.clone()
+        views = [weight, weight[5:], torch.ones(3), weight[::2]]
+        params = [torch.nn.Parameter(view) for view in views]
+        optimizers.append(make(fastopt, name, params, backend=which))
+    assert_steps_alike(*optimizers)
+
+
 @every_rule
 def test_run_continued_on_another_backend_continues_bit_identically(backend, name):
     values = [torch.randn(size) for size in (3, CHUNK + 9)]

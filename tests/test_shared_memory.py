@@ -156,6 +156,19 @@ def test_shared_gradient_is_unscaled_in_turn(name):
     assert_equal(shared, torch.full((LARGE,), 2.0))
 
 
+@pytest.mark.parametrize(("params", "tables"), [(tied, 2), (rows_and_columns, 4), (apart, 1)])
+def test_each_turn_is_a_launch_of_its_own_on_a_device(params, tables, monkeypatch):
+    """Within one launch a device steps all its slots at once."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    launched = []
+    monkeypatch.setattr(fastopt.triton, "launch", lambda _, rule, table: launched.append(table))
+    optimizer = make(fastopt, "AdamW", params(), backend="triton")
+    trained(optimizer, steps=1)
+    assert len(launched) == tables
+    slots = sum(len(table.grads) // 8 for table in launched)
+    assert slots == len(parameters(optimizer))
+
+
 @every_optimizer
 def test_gradient_that_is_another_parameter_is_read_in_turn(name):
     def made(module, **options):

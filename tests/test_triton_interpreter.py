@@ -22,8 +22,10 @@ from helpers import assert_same_bits, native_only, parameters
 from same_bits import (  # noqa: F401 - the tests among them
     assert_steps_alike,
     set_gradients,
+    test_any_count,
     test_found_inf_and_grad_scale_as_tensors,
     test_option_of_a_tensor_subclass,
+    test_parameters_that_share_memory_are_stepped_in_turn,
     test_run_continued_on_another_backend_continues_bit_identically,
     test_same_bits_as_the_cpu_backend,
     test_step_counted_in_float64,

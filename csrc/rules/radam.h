@@ -22,9 +22,8 @@ struct RAdam {
   static unsigned states(const Options&) { return 0b11; }
 
   template <class T>
-  struct Scalars {
-    T sign, decay, l2, weight1, beta2, weight2, step_size, eps;
-    bool rectified;
+  struct Scalars {  // flags are T: GCC does not vectorise where a bool chooses
+    T sign, decay, l2, weight1, beta2, weight2, step_size, eps, rectified;
   };
 
   // The variance of 1 / sqrt(v) is known once rho, the length of the average in v, is over 4; torch
@@ -45,7 +44,7 @@ struct RAdam {
     k.weight1 = T(1 - o.beta1);
     k.beta2 = T(o.beta2);
     k.weight2 = T(1 - o.beta2);
-    k.rectified = rho > 5;
+    k.rectified = T(rho > 5);
     k.step_size =
         T(rho > 5 ? momentum_size * square_root(1 - power2) * rectification : momentum_size);
     k.eps = T(o.eps);
@@ -62,8 +61,9 @@ struct RAdam {
     if (k.l2 != T(0)) g = multiply_add(k.l2, p, g);
     m = lerp(m, g, k.weight1);
     v = multiply_add(k.weight2 * g, g, k.beta2 * v);
-    const T denominator = square_root(v) + k.eps;
-    p = multiply_add(-k.step_size, k.rectified ? m / denominator : m, p);
+    const T adapted = m / (square_root(v) + k.eps);
+    const T direction = k.rectified != T(0) ? adapted : m;
+    p = multiply_add(-k.step_size, direction, p);
   }
 };
 

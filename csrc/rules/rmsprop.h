@@ -25,9 +25,8 @@ struct RMSprop {
   }
 
   template <class T>
-  struct Scalars {
-    T sign, l2, alpha, weight, eps, momentum, lr;
-    bool centered;
+  struct Scalars {  // flags are T: GCC does not vectorise where a bool chooses
+    T sign, l2, alpha, weight, eps, momentum, lr, centered;
   };
 
   template <class T>
@@ -40,7 +39,7 @@ struct RMSprop {
     k.eps = T(o.eps);
     k.momentum = T(o.momentum > 0 ? o.momentum : 0);
     k.lr = T(o.lr);
-    k.centered = o.centered != 0;
+    k.centered = T(o.centered != 0);
     return k;
   }
 
@@ -55,13 +54,13 @@ struct RMSprop {
     if constexpr (kStates > 1) {
       T& a = s[kStates - 1];
       const T average = lerp(a, g, k.weight);
-      a = k.centered ? average : a;
-      variance = k.centered ? multiply_add(-a, a, v) : v;
+      a = k.centered != T(0) ? average : a;
+      variance = k.centered != T(0) ? multiply_add(-a, a, v) : v;
     }
     T direction = g / (square_root(variance) + k.eps);
     if constexpr (kStates > 1) {
       T& b = s[1];
-      const bool moves = kStates == 3 || !k.centered;
+      const bool moves = kStates == 3 || k.centered == T(0);
       const T moved = multiply_add(k.momentum, b, direction);
       direction = moves ? moved : direction;
       b = moves ? moved : b;

@@ -26,6 +26,10 @@ every_optimizer = _all_but()
 # Rprop reads its rate when it makes a state, and never again.
 reading_lr = _all_but("Rprop")
 
+# Some schedulers cycle momentum or beta1, too; and RMSprop divides by variances so small that eight
+# steps leave float64 only 1e-11.
+of_schedulers = _all_but("Adadelta", "Adagrad", "ASGD", "Rprop", "RMSprop")
+
 # torch's own ASGD reads numbers of its state, which tensors without memory do not have; Adagrad's
 # loop does so only where it is traced.
 on_meta = _all_but("ASGD")

@@ -18,8 +18,10 @@ from helpers import (
     assert_equal,
     every_optimizer,
     native_only,
+    of_schedulers,
     pair,
     parameters,
+    reading_lr,
     snapshot,
 )
 
@@ -71,7 +73,7 @@ def train_scheduled(case: Case, optimizer: Optimizer, scheduler, steps: range) -
     return rates
 
 
-@every_optimizer
+@of_schedulers
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float lr", "tensor lr"])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_scheduled_training_agrees_with_torch(name, scheduler, tensor_lr):
@@ -91,7 +93,7 @@ def test_scheduled_training_agrees_with_torch(name, scheduler, tensor_lr):
     assert_agrees_with_torch(*pairs)
 
 
-@every_optimizer
+@of_schedulers
 def test_scheduled_training_resumes_bit_for_bit(name):
     case = Case(name, "everything", FLOAT64, "sizes")
 
@@ -290,7 +292,7 @@ def losses(trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@every_optimizer
+@reading_lr
 def test_trainer_runs_as_with_torch_and_resumes_bit_for_bit(name, tmp_path, accelerator):
     options = {"lr": 1e-2, "weight_decay": 0.1}
     ours = getattr(fastopt, name), options

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd import _profiler_enabled, profiler  # type: ignore[attr-defined]
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
-from torch.utils._device import DeviceContext
 
 from fastopt import _C, triton
 from fastopt.tensors import unscale
@@ -66,6 +65,8 @@ _function_modes = torch._C._len_torch_function_stack
 
 def _watching_mode() -> str | None:
     """The name of a mode that watches torch's operations in this thread: native code is none."""
+    from torch.utils._device import DeviceContext  # not loaded with torch
+
     if _dispatch_modes():
         return type(torch._C._get_dispatch_stack_at(_dispatch_modes() - 1)).__name__
     for i in range(_function_modes()):

@@ -225,7 +225,7 @@ def flat(optimizer):
     return [torch.cat(by_name[name]) for name in sorted(by_name)]
 
 
-@pytest.mark.parametrize("name", ["AdamW", "SGD"])  # 10 s each
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])  # 10 s each
 def test_21001_tensors(name):
     assert_many_step_like_forloop(name, [(2,)] * 21_001)
 

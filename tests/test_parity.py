@@ -98,8 +98,8 @@ def test_every_step_is_computed_in_float32_and_rounded_once(case):
         (optimizer, options)
         for optimizer in OPTIONS
         for options in OPTIONS[optimizer]
-        # The others' arithmetic is the default's: 5 s each.
-        if optimizer == "Adam" or options not in ("capturable", "tensor_lr")
+        # Of the others neither option reaches the arithmetic by another way: 5 s each.
+        if optimizer in ("Adam", "AdamW", "SGD") or options not in ("capturable", "tensor_lr")
     ],
 )
 def test_float32_is_as_near_to_the_truth_as_torchs_fused_step(optimizer, options):

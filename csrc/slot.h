@@ -42,6 +42,21 @@ struct Slot {
   bool fresh;  // its states were made for this very step
 };
 
+// A count is float32 or float64: add_slot has checked.
+FASTOPT_RULE Count read_count(const void* data, DType dtype) {
+  const bool is_float = dtype == DType::kFloat32;
+  return {is_float ? *static_cast<const float*>(data) : *static_cast<const double*>(data),
+          is_float};
+}
+
+FASTOPT_RULE void write_count(void* data, Count count) {
+  if (count.is_float) {
+    *static_cast<float*>(data) = static_cast<float>(count.value);
+  } else {
+    *static_cast<double*>(data) = count.value;
+  }
+}
+
 // All tensors are dense with equal strides: element i of each is data[i].
 constexpr int64_t kDense = -1;
 

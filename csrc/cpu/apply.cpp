@@ -110,21 +110,6 @@ void update_chunk(const Work& work, const typename Rule::template Scalars<T>& sc
   }
 }
 
-// A count is float32 or float64: add_slot has checked.
-Count read_count(const void* data, DType dtype) {
-  const bool is_float = dtype == DType::kFloat32;
-  return {is_float ? *static_cast<const float*>(data) : *static_cast<const double*>(data),
-          is_float};
-}
-
-void write_count(void* data, Count count) {
-  if (count.is_float) {
-    *static_cast<float*>(data) = static_cast<float>(count.value);
-  } else {
-    *static_cast<double*>(data) = count.value;
-  }
-}
-
 // Phase one. Slots of a group mostly share their counts, so the last scalars are tried first.
 template <class Rule, class T>
 void advance(const Work& work, typename Rule::template Scalars<T>* scalars) {

@@ -62,21 +62,6 @@ __device__ double read(const Number& number) {
   return 0;
 }
 
-// A count is float32 or float64: add_slot has checked.
-__device__ Count read_count(const void* data, DType dtype) {
-  const bool is_float = dtype == DType::kFloat32;
-  return {is_float ? *static_cast<const float*>(data) : *static_cast<const double*>(data),
-          is_float};
-}
-
-__device__ void write_count(void* data, Count count) {
-  if (count.is_float) {
-    *static_cast<float*>(data) = static_cast<float>(count.value);
-  } else {
-    *static_cast<double*>(data) = count.value;
-  }
-}
-
 // Phase one, a thread a slot.
 template <class Rule, class T>
 __global__ void advance(const __grid_constant__ Batch batch) {

@@ -9,7 +9,7 @@
 namespace fastopt {
 
 constexpr int32_t kDLCPU = 1, kDLCUDA = 2, kDLROCM = 10, kDLOneAPI = 14;
-constexpr uint8_t kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4, kDLComplex = 5;
+constexpr uint8_t kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4, kDLComplex = 5;
 constexpr uint32_t kDLMajorVersion = 1;
 
 struct DLDevice {

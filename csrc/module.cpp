@@ -22,6 +22,10 @@ namespace {
 // Smaller steps keep the GIL: taking it back from a busy thread can cost that thread's whole turn.
 constexpr int64_t kKeepGil = 8192;
 
+// What is kept beside a rule's own states: the step, which random bits depend on, of a rule that
+// counts none, and what completes a split parameter.
+constexpr State kStep = {"step"}, kRemainderState = {"remainder"};
+
 // Attribute and key names, interned once: what a step looks up by the thousand.
 struct Names {
   struct Option {
@@ -31,6 +35,8 @@ struct Names {
   };
   PyObject* grad = PyUnicode_InternFromString("grad");
   PyObject* params = PyUnicode_InternFromString("params");
+  PyObject* step = PyUnicode_InternFromString(kStep.name);
+  PyObject* remainder = PyUnicode_InternFromString(kRemainderState.name);
   std::vector<std::vector<Option>> options;  // of each rule
   std::vector<std::vector<PyObject*>> counts, states;
 
@@ -141,6 +147,68 @@ class Devices {
   std::optional<std::string> name_;
   std::vector<Known> known_;
 };
+
+// How an optimizer is to keep what its user has said: states (or none: as torch does) and bfloat16
+// parameters.
+struct Keeping {
+  std::optional<Format> states;   // kFloat32, kBFloat16Stochastic or kBlockSigned: 8 bits
+  std::optional<Format> weights;  // kSplit or kBFloat16Stochastic
+
+  Keeping(const std::optional<std::string>& states_name,
+          const std::optional<std::string>& weights_name) {
+    if (states_name == "float32") states = Format::kFloat32;
+    if (states_name == "bfloat16") states = Format::kBFloat16Stochastic;
+    if (states_name == "8bit") states = Format::kBlockSigned;
+    if (weights_name == "split") weights = Format::kSplit;
+    if (weights_name == "stochastic") weights = Format::kBFloat16Stochastic;
+  }
+
+  bool as_torch() const { return !states && !weights; }
+  bool narrows_states() const { return states && *states != Format::kFloat32; }
+
+  Format of_param(const DLTensor& param) const {
+    const Format format = format_of(param.dtype);
+    if (weights && format == Format::kFloat16) {
+      throw std::invalid_argument(
+          "weights= is for bfloat16 parameters, and this one is float16; convert it with "
+          ".bfloat16() or .float(), or leave the option out");
+    }
+    return weights && format == Format::kBFloat16 ? *weights : format;
+  }
+
+  // Of a state: none where it is as torch has it, in the parameter's dtype or wider.
+  std::optional<Format> of_state(const DLTensor& param, Narrow narrow) const {
+    if (in_double(param)) return {};
+    const bool is_complex = param.dtype.code == kDLComplex;
+    if (narrows_states() && is_complex) {
+      throw std::invalid_argument(
+          "states of a complex parameter cannot be narrow; give it to an optimizer without "
+          "states=, or keep its real and imaginary parts as parameters");
+    }
+    if (is_complex) return {};
+    if (!narrows_states() || narrow == Narrow::kExact) {
+      const bool wide = states == Format::kFloat32 || (of_param(param) == Format::kSplit);
+      return wide ? std::optional(Format::kFloat32) : std::nullopt;
+    }
+    if (states != Format::kBlockSigned || param.ndim < 2) return Format::kBFloat16Stochastic;
+    return narrow == Narrow::kUnsigned ? Format::kBlockUnsigned : Format::kBlockSigned;
+  }
+};
+
+// Whether a tensor has the dtype in which a format keeps numbers.
+bool is_kept_as(const DLTensor& tensor, Format format) {
+  const auto is = [&](uint8_t code, int bits) {
+    return tensor.dtype.code == code && tensor.dtype.bits == bits;
+  };
+  switch (format) {
+    case Format::kFloat32: return is(kDLFloat, 32);
+    case Format::kBFloat16Stochastic: return is(kDLBfloat, 16);
+    case Format::kRemainder: return is(kDLInt, 16);
+    case Format::kBlockSigned:
+    case Format::kBlockUnsigned: return is(kDLUInt, 8);
+    default: return true;
+  }
+}
 
 // A parameter that takes part in a step, with all that belongs to it. The references keep memory
 // alive: while the GIL is released other threads may replace gradients and states.
@@ -364,14 +432,16 @@ std::vector<Value> read_options(int rule, py::handle param_group, int group) {
 class Step {
  public:
   Step(const std::string& rule, py::object state, const py::object& grad_scale,
-       const py::object& found_inf, const std::optional<std::string>& backend)
+       const py::object& found_inf, const std::optional<std::string>& backend,
+       const Keeping& keeping)
       : rule_index_(find_rule(rule)),
         rule_(rules()[rule_index_]),
         state_(std::move(state)),
         grad_scale_(grad_scale.is_none() ? Value{1, {}} : value_of(grad_scale)),
         found_inf_(found_inf.is_none() ? Value{0, {}} : value_of(found_inf)),
         rescale_(!grad_scale_.on_host() || grad_scale_.read() != 1),
-        devices_(backend) {}
+        devices_(backend),
+        keeping_(keeping) {}
 
   // Throws NotOurs, or ValueError naming the parameter; either way nothing has been changed.
   void prepare(const py::object& param_groups, int threads) {
@@ -435,11 +505,12 @@ class Step {
     int group;
     DLDevice device;
   };
-  // What the rule keeps of every parameter in a group.
+  // What is kept of every parameter in a group.
   struct Kept {
     int place;  // in a slot
     PyObject* key;
     const State* state;
+    bool ours = false;  // not of the rule: made anew where it is missing
   };
   struct Scaling {
     Number found_inf, grad_scale;
@@ -467,11 +538,19 @@ class Step {
         kept.push_back({place++, names().states[rule_index_][i], &rule_.states[i]});
       }
     }
+    const bool random =
+        (keeping_.narrows_states() && used != 0) || keeping_.weights == Format::kBFloat16Stochastic;
+    if (random && rule_.counts.empty())
+      kept.push_back({count_place(0), names().step, &kStep, true});
+    if (keeping_.weights == Format::kSplit) {
+      kept.push_back({place, names().remainder, &kRemainderState, true});
+    }
     return kept;
   }
 
+  // Its last place is a state's only where there are no counts.
   bool is_count(const Kept& kept) const {
-    return kept.place > count_place(static_cast<int>(rule_.counts.size()));
+    return kept.state == &kStep || kept.place > count_place(static_cast<int>(rule_.counts.size()));
   }
 
   // Whether slots are updated one after another, as torch does, be their memory shared or not.
@@ -525,7 +604,7 @@ class Step {
       // None counts as missing: so SGD's checkpoints have it before the first step.
       if (!value || value.is_none()) continue;
       member.kept[kept.place] = std::move(value);
-      member.fresh = member.keeps = false;
+      if (!kept.ours) member.fresh = member.keeps = false;
     }
   }
 
@@ -538,28 +617,68 @@ class Step {
   void add(int index) {
     Member& member = members_[index];
     Tensors tensors;
-    tensors.counts = static_cast<int>(rule_.counts.size());
-    tensors.states = static_cast<int>(kept_[member.group].size()) - tensors.counts;
+    tensors.counts = tensors.states = 0;
     DLTensor& param = tensors.at[kParam];
     read_param(member, &param);
     reader_.read_grad(member, param, &tensors.at[kGrad]);
     if (member.fresh && !made_states_) make_states();
+    tensors.format[kParam] = keeping_.of_param(param);
+    tensors.format[kGrad] = format_of(tensors.at[kGrad].dtype);
+    const auto is_exact = [](const Kept& kept) { return kept.state->narrow == Narrow::kExact; };
+    const bool exact =
+        keeping_.narrows_states() &&
+        std::any_of(kept_[member.group].begin(), kept_[member.group].end(), is_exact);
     for (const Kept& kept : kept_[member.group]) {
       tensors.names[kept.place] = kept.state->name;
-      DLTensor* const out = &tensors.at[kept.place];
       if (is_count(kept)) {
-        read_count(member, kept, param.device, out);
-        continue;
-      }
-      py::object& value = member.kept[kept.place];
-      read_state(member, value, kept, out);
-      if (in_double(*out) != in_double(param)) {  // the model was cast to or from float64
-        value = helper("fastopt.tensors", "recast")(value, member.param);
-        member.keeps = true;
-        read_state(member, value, kept, out);
+        ++tensors.counts;
+        read_count(member, kept, param.device, &tensors.at[kept.place]);
+      } else if (kept.state != &kRemainderState) {
+        ++tensors.states;
+        const Narrow narrow = exact ? Narrow::kExact : kept.state->narrow;
+        add_state(member, kept, tensors, keeping_.of_state(param, narrow));
+      } else if (tensors.format[kParam] == Format::kSplit) {
+        add_state(member, kept, tensors, Format::kRemainder);
       }
     }
+    const std::vector<int64_t> strides = find_index(member, tensors);
     add_slot(tables_, tensors, index, group_on(member.group, param.device), member.fresh, rescale_);
+  }
+
+  // A state as it is, or converted to what it is to be kept as.
+  void add_state(Member& member, const Kept& kept, Tensors& tensors, std::optional<Format> format) {
+    const DLTensor& param = tensors.at[kParam];
+    DLTensor* const out = &tensors.at[kept.place];
+    py::object& value = member.kept[kept.place];
+    const auto convert = [&] {
+      value =
+          helper("fastopt.tensors", "recast")(value, member.param, format ? name_of(*format) : "");
+      member.keeps = true;
+      read_state(member, value, kept, out);
+    };
+    if (!value && (member.fresh || kept.ours)) {
+      value = helper("fastopt.tensors", "new_state")(member.param, first_of(kept, member.group),
+                                                     format ? name_of(*format) : "");
+      member.keeps = true;
+    }
+    read_state(member, value, kept, out);
+    // None of ours: the model was cast to or from float64.
+    if (format ? !is_kept_as(*out, *format) : in_double(*out) != in_double(param)) convert();
+    tensors.format[kept.place] = format ? *format : format_of(out->dtype);
+  }
+
+  // Notes where a shard lies in the whole; returns the strides of its index, which tensors point
+  // to.
+  std::vector<int64_t> find_index(const Member& member, Tensors& tensors) {
+    std::vector<int64_t> strides;
+    const bool random = std::any_of(tensors.format, tensors.format + kMaxTensors, is_random);
+    if (!random || torch_.is_plain(member.param.ptr())) return strides;
+    const py::object found = helper("fastopt.tensors", "place_in_whole")(member.param);
+    if (found.is_none()) return strides;
+    tensors.first_index = found[py::int_(0)].cast<int64_t>();
+    strides = found[py::int_(1)].cast<std::vector<int64_t>>();
+    tensors.index_stride = strides.data();
+    return strides;
   }
 
   void read_param(const Member& member, DLTensor* out) {
@@ -569,6 +688,9 @@ class Step {
     }
     if (torch_.is_lazy(memory)) throw NotOurs{"a parameter is a conjugate or negative view"};
     devices_.meet(out->device, member.param);
+    if (!keeping_.as_torch() && devices_.backend_of(out->device) != Backend::kCpu) {
+      throw NotOurs{"only the cpu backend keeps states and weights in formats of ours so far"};
+    }
   }
 
   void read_state(const Member& member, const py::object& value, const Kept& kept, DLTensor* out) {
@@ -594,6 +716,7 @@ class Step {
   // The count beside its parameter, in a dtype that can count.
   void read_count(Member& member, const Kept& kept, DLDevice device, DLTensor* out) {
     py::object& value = member.kept[kept.place];
+    if (!value && kept.ours) value = py::float_(0.0);
     if (!value || torch_.is_tensor(value)) {
       read_state(member, value, kept, out);
       const bool counts = out->dtype.code == kDLFloat && out->dtype.bits >= 32;
@@ -604,7 +727,8 @@ class Step {
     read_state(member, value, kept, out);
   }
 
-  // New states for all parameters that have none: one Python call a group.
+  // What is kept of all parameters that have nothing yet: one Python call a group, but for states
+  // in other formats than torch's.
   void make_states() {
     made_states_ = true;
     for (size_t begin = 0, end; begin < members_.size(); begin = end) {
@@ -619,18 +743,26 @@ class Step {
       if (fresh.empty()) continue;
       py::dict counts, states;
       for (const Kept& kept : kept_[group]) {
-        const char* const first = kept.state->first;
-        (is_count(kept) ? counts : states)[py::handle(kept.key)] =
-            std::isdigit(static_cast<unsigned char>(*first))
-                ? py::object(py::float_(std::atof(first)))
-                : py::object(param_groups_[group][first]);
+        if (is_count(kept)) {
+          counts[py::handle(kept.key)] = first_of(kept, group);
+        } else if (keeping_.as_torch()) {
+          states[py::handle(kept.key)] = first_of(kept, group);
+        }
       }
       const py::object made = helper("fastopt.tensors", "new_states")(params, counts, states);
       for (const Kept& kept : kept_[group]) {
+        if (!made.contains(py::handle(kept.key))) continue;
         const py::tuple tensors = made[py::handle(kept.key)];
         for (size_t i = 0; i < fresh.size(); ++i) fresh[i]->kept[kept.place] = tensors[i];
       }
     }
+  }
+
+  py::object first_of(const Kept& kept, int group) const {
+    const char* const first = kept.state->first;
+    return std::isdigit(static_cast<unsigned char>(*first))
+               ? py::object(py::float_(std::atof(first)))
+               : py::object(param_groups_[group][first]);
   }
 
   // Puts states that were made for this step into the optimizer, of the tables that have stepped.
@@ -650,7 +782,7 @@ class Step {
         state_.set(member.param, entry);
       }
       for (const Kept& kept : kept_[member.group]) {
-        entry[py::handle(kept.key)] = member.kept[kept.place];
+        if (member.kept[kept.place]) entry[py::handle(kept.key)] = member.kept[kept.place];
       }
     }
   }
@@ -722,12 +854,12 @@ class Step {
       return py::bytes(reinterpret_cast<const char*>(items.data()),
                        items.size() * sizeof(items[0]));
     };
-    py::list dtypes, count_dtypes;
-    for (int i = 0; i < kState + table.states; ++i) dtypes.append(name_of(table.dtype[i]));
+    py::list formats, count_formats;
+    for (int i = 0; i < table.tensors(); ++i) formats.append(name_of(table.format[i]));
     for (int i = 0; i < table.counts; ++i) {
-      count_dtypes.append(name_of(table.dtype[count_place(i)]));
+      count_formats.append(name_of(table.format[count_place(i)]));
     }
-    launch(index, devices_.torch_device(table.device), py::tuple(dtypes), py::tuple(count_dtypes),
+    launch(index, devices_.torch_device(table.device), py::tuple(formats), py::tuple(count_formats),
            bytes(slots), bytes(grads), bytes(numbers), bytes(table.layouts), table.chunk_count);
   }
 
@@ -740,6 +872,7 @@ class Step {
   bool rescale_;  // gradients are written, too
   bool made_states_ = false;
   Devices devices_;
+  Keeping keeping_;
   Reader reader_;
   std::vector<std::vector<Value>> options_;  // of each param group
   std::vector<std::vector<Kept>> kept_;      // likewise
@@ -755,8 +888,10 @@ std::optional<std::string> step(const std::string& rule, const py::object& param
                                 py::object state, const py::object& grad_scale,
                                 const py::object& found_inf, int threads,
                                 const std::optional<std::string>& backend,
+                                const std::optional<std::string>& states,
+                                const std::optional<std::string>& weights,
                                 const py::function& launch_triton) {
-  Step step(rule, std::move(state), grad_scale, found_inf, backend);
+  Step step(rule, std::move(state), grad_scale, found_inf, backend, Keeping(states, weights));
   try {
     step.prepare(param_groups, threads);
   } catch (const NotOurs& error) {
@@ -766,12 +901,66 @@ std::optional<std::string> step(const std::string& rule, const py::object& param
   return std::nullopt;
 }
 
+// A tensor's memory, which must be what fastopt/tensors.py makes of it: on the CPU, contiguous.
+template <class T>
+T* memory_of(py::handle tensor) {
+  DLTensor read;
+  if (!torch().read(tensor, &read)) throw std::invalid_argument("a tensor has no memory");
+  return reinterpret_cast<T*>(static_cast<char*>(read.data) + read.byte_offset);
+}
+
+int64_t block_bytes_of(py::handle param) {
+  DLTensor read;
+  if (!torch().read(param, &read)) throw std::invalid_argument("a parameter has no memory");
+  return block_bytes(read);
+}
+
+// How states of a parameter are kept under these keys; "" where they are as torch has them.
+std::vector<std::string> formats(const std::string& rule, const std::optional<std::string>& states,
+                                 const std::optional<std::string>& weights, py::handle param,
+                                 const std::vector<std::string>& keys) {
+  const Keeping keeping(states, weights);
+  DLTensor read;
+  if (!torch().read(param, &read)) throw std::invalid_argument("a parameter has no memory");
+  const std::vector<State>& known = rules()[find_rule(rule)].states;
+  const auto state_of = [&](const std::string& key) {
+    return std::find_if(known.begin(), known.end(), [&](const State& s) { return key == s.name; });
+  };
+  const bool exact = std::any_of(keys.begin(), keys.end(), [&](const std::string& key) {
+    return state_of(key) != known.end() && state_of(key)->narrow == Narrow::kExact;
+  });
+  std::vector<std::string> found;
+  for (const std::string& key : keys) {
+    const auto state = state_of(key);
+    std::optional<Format> format;
+    if (key == kRemainderState.name) {
+      format = Format::kRemainder;
+    } else if (state != known.end()) {
+      format = keeping.of_state(read, exact ? Narrow::kExact : state->narrow);
+    }
+    found.push_back(format ? name_of(*format) : "");
+  }
+  return found;
+}
+
+void encode_state(py::handle from, int64_t rows, int64_t numel, bool is_signed, py::handle to) {
+  encode_blocks(memory_of<const float>(from), rows, numel, is_signed, memory_of<uint8_t>(to));
+}
+
+void decode_state(py::handle from, int64_t rows, int64_t numel, bool is_signed, py::handle to) {
+  decode_blocks(memory_of<const uint8_t>(from), rows, numel, is_signed, memory_of<BFloat16>(to));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastopt's native core; use the classes of fastopt instead.";
   torch();  // fails here, at import, where the torch installed does not suit
   m.def("step", &step);
+  m.def("formats", &formats);
+  m.def("block_bytes", &block_bytes_of);
+  m.def("encode", &encode_state);
+  m.def("decode", &decode_state);
   m.def(
       "why_not_cuda", [](int index) { return cuda::why_not({kDLCUDA, index}); },
       py::arg("index") = 0);

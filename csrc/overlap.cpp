@@ -14,7 +14,7 @@ void for_each_span(const std::vector<Table>& tables, bool writes_grad, Visit vis
     const Table& table = tables[t];
     for (size_t i = 0; i < table.slots.size(); ++i) {
       const Slot& slot = table.slots[i];
-      for (int tensor = 0; slot.numel > 0 && tensor < kState + table.states; ++tensor) {
+      for (int tensor = 0; slot.numel > 0 && tensor < table.tensors(); ++tensor) {
         visit(t, i, span_of(table, slot, tensor), tensor != kGrad || writes_grad);
       }
       // The CPU counts one after another.
@@ -114,7 +114,7 @@ std::vector<Table> in_turn(std::vector<Table> tables, bool writes_grad) {
       part.device = table.device;
       part.states = table.states;
       part.counts = table.counts;
-      std::copy(std::begin(table.dtype), std::end(table.dtype), part.dtype);
+      std::copy(std::begin(table.format), std::end(table.format), part.format);
       for (size_t i = 0; i < table.slots.size(); ++i) {
         const Slot& slot = table.slots[i];
         if (turns[table.members[i]] != turn) continue;

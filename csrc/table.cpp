@@ -16,7 +16,7 @@ RuleInfo describe() {
   static_assert(std::size(Rule::kOptions) <= kMaxOptions);
   static_assert(sizeof(typename Rule::Options) == std::size(Rule::kOptions) * sizeof(double));
   static_assert(kMostStates<Rule> <= kMaxStates);
-  static_assert(kState + kMostStates<Rule> + Rule::kCounts <= kMaxPlaces);
+  static_assert(tensor_count(kMostStates<Rule>, Format::kSplit) + Rule::kCounts <= kMaxPlaces);
   return {Rule::kName,
           {std::begin(Rule::kOptions), std::end(Rule::kOptions)},
           {Rule::kStates, Rule::kStates + Rule::kCounts},
@@ -30,7 +30,7 @@ bool is_complex(const DLTensor& t) { return t.dtype.code == kDLComplex; }
 
 const char* name_of(DLDataType dtype) {
   if (dtype.code == kDLComplex) return dtype.bits == 128 ? "complex128" : "complex64";
-  return name_of(dtype_of(dtype));
+  return name_of(format_of(dtype));
 }
 
 std::string shape_of(const DLTensor& t) {
@@ -89,6 +89,20 @@ bool is_dense(const DLTensor& t) {
   return true;
 }
 
+// Whether element i of the parameter in row-major order is number first_index + i of the whole.
+bool has_plain_index(const Tensors& tensors) {
+  const DLTensor& param = tensors.at[kParam];
+  if (!is_contiguous(param)) return false;
+  for (int d = 0; tensors.index_stride && d < param.ndim; ++d) {
+    if (param.shape[d] != 1 && param.strides[d] != tensors.index_stride[d]) return false;
+  }
+  return true;
+}
+
+bool any_random(const Tensors& tensors) {
+  return std::any_of(tensors.format, tensors.format + kMaxTensors, is_random);
+}
+
 bool flat(const Tensors& tensors, int count) {
   const DLTensor& param = tensors.at[kParam];
   const bool contiguous = is_contiguous(param);
@@ -100,53 +114,87 @@ bool flat(const Tensors& tensors, int count) {
   return contiguous || is_dense(param);
 }
 
-// The slot's layout in the parameter's memory order, adjacent dimensions merged where every tensor
-// allows it; a complex element becomes a last dimension of two.
-std::vector<int64_t> make_layout(const Tensors& tensors, int count) {
+// The slot's layout in the parameter's memory order, or row-major where blocks are; adjacent
+// dimensions merged where every tensor allows it; a complex element becomes a last dimension of
+// two.
+std::vector<int64_t> make_layout(const Tensors& tensors, int count, bool row_major) {
   const DLTensor& param = tensors.at[kParam];
+  const bool indexed = any_random(tensors);
   struct Dim {
-    int64_t size, stride[kMaxTensors];
+    int64_t size, stride[kMaxTensors + 1];
   };
   std::vector<Dim> dims;
   const auto append = [&](const Dim& inner) {
     if (!dims.empty()) {
       Dim& outer = dims.back();
       bool merges = true;
-      for (int i = 0; i < count; ++i) {
+      for (int i = 0; i <= count; ++i) {
         merges = merges && outer.stride[i] == inner.stride[i] * inner.size;
       }
       if (merges) {
         outer.size *= inner.size;
-        std::copy_n(inner.stride, count, outer.stride);
+        std::copy_n(inner.stride, count + 1, outer.stride);
         return;
       }
     }
     dims.push_back(inner);
   };
   const int64_t reals = is_complex(param) ? 2 : 1;
-  for (const int d : by_stride(param)) {
+  std::vector<int64_t> index_stride(param.ndim, 1);
+  for (int d = param.ndim - 1; d > 0; --d) index_stride[d - 1] = index_stride[d] * param.shape[d];
+  if (tensors.index_stride)
+    index_stride.assign(tensors.index_stride, tensors.index_stride + param.ndim);
+  std::vector<int> order = by_stride(param);
+  if (row_major) std::sort(order.begin(), order.end());
+  for (const int d : order) {
     Dim dim{param.shape[d], {}};
     for (int i = 0; i < count; ++i) dim.stride[i] = tensors.at[i].strides[d] * reals;
+    dim.stride[count] = indexed ? index_stride[d] : 0;
     append(dim);
   }
-  if (reals == 2 || dims.empty()) append({reals, {1, 1, 1, 1, 1}});
+  if (reals == 2 || dims.empty()) {
+    Dim dim{reals, {}};
+    std::fill_n(dim.stride, count, 1);
+    append(dim);
+  }
 
   std::vector<int64_t> layout = {static_cast<int64_t>(dims.size())};
   for (const Dim& dim : dims) layout.push_back(dim.size);
-  for (int i = 0; i < count; ++i) {
+  for (int i = 0; i <= count; ++i) {
     for (const Dim& dim : dims) layout.push_back(dim.stride[i]);
   }
   return layout;
 }
 
-int64_t bytes_of(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+int64_t bytes_of(Format format) {
+  return format == Format::kFloat64 ? 8 : format == Format::kFloat32 ? 4 : is_block(format) ? 1 : 2;
 }
+
+int64_t rows_of(const DLTensor& t) { return t.ndim > 0 ? t.shape[0] : 1; }
 
 // What messages call it.
 std::string name_at(const Tensors& tensors, int place) {
   const std::string name = tensors.names[place];
   return place < kState ? name : "state '" + name + "'";
+}
+
+// Codes and scales of this very parameter, which from here on are seen as numbers in its shape.
+void check_blocks(Tensors& tensors, int i, std::vector<int64_t>& row_major) {
+  const DLTensor& param = tensors.at[kParam];
+  DLTensor& t = tensors.at[i];
+  const int64_t expected = block_bytes(param);
+  if (t.dtype.code != kDLUInt || t.dtype.bits != 8 || t.ndim != 1 || t.shape[0] != expected ||
+      !is_contiguous(t)) {
+    throw std::invalid_argument(
+        name_at(tensors, i) + " is not the " + std::to_string(expected) +
+        " bytes of 8-bit numbers that go with a parameter of shape " + shape_of(param) +
+        "; load a state_dict of this very model, or delete the state to " + "start it anew");
+  }
+  row_major.assign(param.ndim, 1);
+  for (int d = param.ndim - 1; d > 0; --d) row_major[d - 1] = row_major[d] * param.shape[d];
+  t.ndim = param.ndim;
+  t.shape = param.shape;
+  t.strides = row_major.data();
 }
 
 void check_fits(const Tensors& tensors, int i) {
@@ -163,6 +211,7 @@ void check_fits(const Tensors& tensors, int i) {
                                 " is on another device than the parameter; move it with " +
                                 "optimizer.load_state_dict(optimizer.state_dict())");
   }
+  if (is_block(tensors.format[i]) || tensors.format[i] == Format::kRemainder) return;
   if (!is_supported(t.dtype) || is_complex(t) != is_complex(param) ||
       in_double(t) != in_double(param)) {
     throw std::invalid_argument(
@@ -183,20 +232,30 @@ const std::vector<RuleInfo>& rules() {
   return rules;
 }
 
-const char* name_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32: return "float32";
-    case DType::kFloat64: return "float64";
-    case DType::kBFloat16: return "bfloat16";
-    case DType::kFloat16: return "float16";
+const char* name_of(Format format) {
+  switch (format) {
+    case Format::kFloat32: return "float32";
+    case Format::kFloat64: return "float64";
+    case Format::kBFloat16: return "bfloat16";
+    case Format::kFloat16: return "float16";
+    case Format::kBFloat16Stochastic: return "bfloat16 stochastic";
+    case Format::kSplit: return "split";
+    case Format::kRemainder: return "remainder";
+    case Format::kBlockSigned: return "block signed";
+    case Format::kBlockUnsigned: return "block unsigned";
   }
   return "";
 }
 
-DType dtype_of(DLDataType dtype) {
+Format format_of(DLDataType dtype) {
   const int bits = dtype.code == kDLComplex ? dtype.bits / 2 : dtype.bits;
-  if (dtype.code == kDLBfloat) return DType::kBFloat16;
-  return bits == 64 ? DType::kFloat64 : bits == 32 ? DType::kFloat32 : DType::kFloat16;
+  if (dtype.code == kDLBfloat) return Format::kBFloat16;
+  return bits == 64 ? Format::kFloat64 : bits == 32 ? Format::kFloat32 : Format::kFloat16;
+}
+
+int64_t block_bytes(const DLTensor& param) {
+  const int64_t numel = numel_of(param), rows = rows_of(param);
+  return numel + rows * Blocks(numel, rows).in_row;
 }
 
 int64_t numel_of(const DLTensor& tensor) {
@@ -204,7 +263,7 @@ int64_t numel_of(const DLTensor& tensor) {
 }
 
 bool in_double(const DLTensor& tensor) {
-  return is_supported(tensor.dtype) && dtype_of(tensor.dtype) == DType::kFloat64;
+  return is_supported(tensor.dtype) && format_of(tensor.dtype) == Format::kFloat64;
 }
 
 Number as_number(const DLTensor& tensor) {
@@ -213,7 +272,7 @@ Number as_number(const DLTensor& tensor) {
         "a hyper-parameter, grad_scale or found_inf is a tensor of another kind than one " +
         std::string("floating-point number; give it as torch.tensor(value, dtype=torch.float32)"));
   }
-  return {0, static_cast<char*>(tensor.data) + tensor.byte_offset, dtype_of(tensor.dtype), {}};
+  return {0, static_cast<char*>(tensor.data) + tensor.byte_offset, format_of(tensor.dtype), {}};
 }
 
 bool is_supported(DLDataType dtype) {
@@ -229,12 +288,12 @@ bool is_supported(DLDataType dtype) {
 void append_slot(Table& table, const Slot& slot, int member, const int64_t* layout) {
   Slot& added = table.slots.emplace_back(slot);
   if (slot.layout != kDense) {
-    added.layout = static_cast<int64_t>(table.layouts.size());
+    added.layout = static_cast<int32_t>(table.layouts.size());
     table.layouts.insert(table.layouts.end(), layout,
-                         layout + layout_size(layout[0], table.states));
+                         layout + layout_size(layout[0], table.tensors()));
   }
-  added.first_chunk = table.chunk_count;
-  table.chunk_count += (slot.numel + kChunk - 1) / kChunk;
+  added.first_chunk = static_cast<int32_t>(table.chunk_count);
+  table.chunk_count += chunks_of(slot);
   table.numel += slot.numel;
   table.members.push_back(member);
 }
@@ -242,20 +301,26 @@ void append_slot(Table& table, const Slot& slot, int member, const int64_t* layo
 Span span_of(const Table& table, const Slot& slot, int place) {
   const bool is_count = place > count_place(table.counts);
   int64_t elements = is_count ? 1 : slot.numel;
-  if (!is_count && slot.layout != kDense) {
+  if (is_block(table.format[place])) {
+    elements += slot.rows * Blocks(slot.numel, slot.rows).in_row;
+  } else if (!is_count && slot.layout != kDense) {
     const Layout layout = layout_of(table.layouts.data() + slot.layout, place);
     elements = 1;
     for (int64_t d = 0; d < layout.ndim; ++d) elements += (layout.shape[d] - 1) * layout.stride[d];
   }
   const auto begin = reinterpret_cast<uintptr_t>(slot.data[place]);
-  return {begin, begin + static_cast<uintptr_t>(elements * bytes_of(table.dtype[place]))};
+  return {begin, begin + static_cast<uintptr_t>(elements * bytes_of(table.format[place]))};
 }
 
-void add_slot(std::vector<Table>& tables, const Tensors& tensors, int member, int group, bool fresh,
+void add_slot(std::vector<Table>& tables, Tensors& tensors, int member, int group, bool fresh,
               bool writes_grad) {
-  const int count = kState + tensors.states;
+  const int count = tensor_count(tensors.states, tensors.format[kParam]);
   const DLTensor& param = tensors.at[kParam];
-  for (int i = kGrad; i < count; ++i) check_fits(tensors, i);
+  std::vector<int64_t> row_major;
+  for (int i = kGrad; i < count; ++i) {
+    if (is_block(tensors.format[i])) check_blocks(tensors, i, row_major);
+    check_fits(tensors, i);
+  }
   for (int i = 0; i < tensors.counts; ++i) {
     const DLTensor& t = tensors.at[count_place(i)];
     if (numel_of(t) != 1 || t.dtype.code != kDLFloat || t.dtype.bits < 32) {
@@ -269,21 +334,22 @@ void add_slot(std::vector<Table>& tables, const Tensors& tensors, int member, in
   slot.numel = numel_of(param) * (is_complex(param) ? 2 : 1);
   slot.group = group;
   slot.fresh = fresh;
+  slot.rows = row_major.empty() ? 0 : static_cast<uint32_t>(rows_of(param));
+  slot.first_index = static_cast<uint32_t>(tensors.first_index);
   for (int i = 0; i < count; ++i) {
     slot.data[i] = static_cast<char*>(tensors.at[i].data) + tensors.at[i].byte_offset;
     if (param.device.device_type == kDLCPU) {
       __builtin_prefetch(slot.data[i]);  // used soon, and with many small tensors not cached
     }
   }
-  DType dtype[kMaxPlaces] = {};
-  for (int i = 0; i < count; ++i) dtype[i] = dtype_of(tensors.at[i].dtype);
   for (int i = 0; i < tensors.counts; ++i) {
     const DLTensor& t = tensors.at[count_place(i)];
     slot.data[count_place(i)] = static_cast<char*>(t.data) + t.byte_offset;
-    dtype[count_place(i)] = dtype_of(t.dtype);
+    tensors.format[count_place(i)] = format_of(t.dtype);
   }
   slot.layout = kDense;
-  const bool dense = slot.numel == 0 || flat(tensors, count);
+  const bool in_order = !any_random(tensors) || has_plain_index(tensors);
+  const bool dense = slot.numel == 0 || (in_order && flat(tensors, count));
   if (!dense) {
     for (int i = 0; i < count; ++i) {
       const bool written = i != kGrad || writes_grad;
@@ -298,7 +364,7 @@ void add_slot(std::vector<Table>& tables, const Tensors& tensors, int member, in
   const auto fits = [&](const Table& table) {
     return table.states == tensors.states && table.device.device_type == param.device.device_type &&
            table.device.device_id == param.device.device_id &&
-           std::equal(std::begin(dtype), std::end(dtype), table.dtype);
+           std::equal(std::begin(tensors.format), std::end(tensors.format), table.format);
   };
   auto table = std::find_if(tables.rbegin(), tables.rend(), fits);
   if (table == tables.rend()) {
@@ -306,7 +372,7 @@ void add_slot(std::vector<Table>& tables, const Tensors& tensors, int member, in
     fresh_table.device = param.device;
     fresh_table.states = tensors.states;
     fresh_table.counts = tensors.counts;
-    std::copy(std::begin(dtype), std::end(dtype), fresh_table.dtype);
+    std::copy(std::begin(tensors.format), std::end(tensors.format), fresh_table.format);
     tables.push_back(std::move(fresh_table));
     table = tables.rbegin();
   }
@@ -314,7 +380,7 @@ void add_slot(std::vector<Table>& tables, const Tensors& tensors, int member, in
     append_slot(*table, slot, member, nullptr);
   } else {
     slot.layout = 0;  // any but kDense: append_slot finds the place
-    append_slot(*table, slot, member, make_layout(tensors, count).data());
+    append_slot(*table, slot, member, make_layout(tensors, count, !row_major.empty()).data());
   }
 
   const Slot& added = table->slots.back();

@@ -41,31 +41,39 @@ FASTOPT_RULE typename Rule::Options options_of(const Group& group, Read read) {
   return options;
 }
 
-constexpr int kScalarBytes = 96;  // the most any rule's Scalars take
+constexpr int kScalarBytes = 96;  // the most that backends keep of a slot between the two phases
 
-// All slots that share device and dtypes: one update launch.
+// All slots that share device and formats: one update launch.
 struct Table {
   DLDevice device;
-  int states, counts;       // how many the rule keeps for each slot
-  DType dtype[kMaxPlaces];  // of whatever is at this place in a slot
+  int states, counts;         // how many are kept for each slot
+  Format format[kMaxPlaces];  // of whatever is at this place in a slot
   std::vector<Slot> slots;
   std::vector<int32_t> members;  // of each slot, its parameter's place in the step
   int64_t chunk_count = 0;
   std::vector<int64_t> layouts;  // of slots that are not kDense, see layout_of
   int64_t numel = 0;
+
+  int tensors() const { return tensor_count(states, format[kParam]); }
 };
 
-// One parameter's tensors as read, each at its place in the slot, and for errors their names.
+// One parameter's tensors as read, each at its place in the slot, what they are kept as, and for
+// errors their names.
 struct Tensors {
   DLTensor at[kMaxPlaces];
+  Format format[kMaxPlaces] = {};
   const char* names[kMaxPlaces] = {"the parameter", "grad"};
   int states, counts;
+  // Where the parameter lies in the whole that it is a shard of: the index of its first element,
+  // and how the index grows along each dimension; null where it is the whole.
+  int64_t first_index = 0;
+  const int64_t* index_stride = nullptr;
 };
 
 // Adds the slot of a member to the table it belongs to; throws std::invalid_argument, naming the
 // fix, when its tensors do not fit together, NotOurs when they share memory. `fresh` states were
 // just made and take the place of missing ones.
-void add_slot(std::vector<Table>& tables, const Tensors& tensors, int member, int group, bool fresh,
+void add_slot(std::vector<Table>& tables, Tensors& tensors, int member, int group, bool fresh,
               bool writes_grad);
 
 // Adds a slot that has been checked; `layout` is where its own starts, unless it is kDense.
@@ -79,9 +87,12 @@ struct Span {
 };
 Span span_of(const Table& table, const Slot& slot, int place);
 
-// torch's name of a dtype, and the dtype of real numbers a tensor is made of.
-const char* name_of(DType dtype);
-DType dtype_of(DLDataType dtype);
+// A format's name, and the format of the real numbers a tensor of torch's is made of.
+const char* name_of(Format format);
+Format format_of(DLDataType dtype);
+
+// Bytes of a state in blocks that is kept of a parameter: codes and scales.
+int64_t block_bytes(const DLTensor& param);
 
 // The one number that a tensor on its parameter's device holds; throws std::invalid_argument where
 // it holds more or no such number.

@@ -18,9 +18,25 @@ def step(
     found_inf: Tensor | float | None,
     threads: int,
     backend: str | None,
+    states: str | None,
+    weights: str | None,
     launch_triton: Callable[..., None],
 ) -> str | None:
     """One step over all groups; returns why torch must make it instead, having changed nothing."""
+
+def formats(
+    rule: str, states: str | None, weights: str | None, param: Tensor, keys: list[str]
+) -> list[str]:
+    """A parameter's state under each key by the format's name in csrc/table.cpp; "" for torch's."""
+
+def block_bytes(param: Tensor) -> int:
+    """The size of a parameter's state in 8 bits: codes and scales."""
+
+def encode(numbers: Tensor, rows: int, numel: int, is_signed: bool, packed: Tensor) -> None:
+    """Fill the bytes of an 8-bit state from float32 numbers; all contiguous, on the CPU."""
+
+def decode(packed: Tensor, rows: int, numel: int, is_signed: bool, numbers: Tensor) -> None:
+    """Fill bfloat16 numbers from an 8-bit state; all contiguous, on the CPU."""
 
 def why_not_cuda(index: int = 0) -> str:
     """Why this build's CUDA kernels cannot run on a device; empty where they can."""

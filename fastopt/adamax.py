@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fastopt.optimizer import Backend, FusedOptimizer
+from fastopt.optimizer import Backend, FusedOptimizer, States, Weights
 
 
 class Adamax(FusedOptimizer, torch.optim.Adamax):
@@ -30,6 +30,10 @@ class Adamax(FusedOptimizer, torch.optim.Adamax):
         maximize: ascend instead of descend (default: False).
         differentiable: True takes torch's differentiable step (default: False).
         capturable: keep the counts on the accelerator for graph capture (default: False).
+        states: how moments are kept: "float32", "bfloat16" or "8bit"; None as torch does, in the
+            parameter's dtype (default: None).
+        weights: what a bfloat16 parameter keeps beyond bfloat16: "split" all of float32, in 16 bits
+            more; "stochastic" nothing, but it is rounded stochastically (default: None).
         backend: "cpu", "cuda", "triton" or "torch"; None picks by device (default: None).
 
     Raises:
@@ -52,9 +56,11 @@ class Adamax(FusedOptimizer, torch.optim.Adamax):
         maximize: bool = False,
         differentiable: bool = False,
         capturable: bool = False,
+        states: States | None = None,
+        weights: Weights | None = None,
         backend: Backend | None = None,
     ) -> None:
-        self._use_backend(backend)
+        self._use(backend, states, weights)
         super().__init__(
             params,
             lr,

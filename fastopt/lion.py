@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fastopt.optimizer import Backend, FusedOptimizer
+from fastopt.optimizer import Backend, FusedOptimizer, States, Weights
 
 
 class Lion(FusedOptimizer, torch.optim.Optimizer):
@@ -29,6 +29,10 @@ class Lion(FusedOptimizer, torch.optim.Optimizer):
         weight_decay: decoupled decay :math:`\lambda`; the paper advises three to ten times AdamW's
             (default: 0).
         maximize: ascend instead of descend (default: False).
+        states: how moments are kept: "float32", "bfloat16" or "8bit"; None as torch does, in the
+            parameter's dtype (default: None).
+        weights: what a bfloat16 parameter keeps beyond bfloat16: "split" all of float32, in 16 bits
+            more; "stochastic" nothing, but it is rounded stochastically (default: None).
         backend: "cpu", "cuda" or "triton"; None picks by device (default: None).
 
     Raises:
@@ -49,9 +53,11 @@ class Lion(FusedOptimizer, torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
+        states: States | None = None,
+        weights: Weights | None = None,
         backend: Backend | None = None,
     ) -> None:
-        self._use_backend(backend)
+        self._use(backend, states, weights)
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
         if not lr >= 0.0:

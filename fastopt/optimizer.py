@@ -6,7 +6,7 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,9 +15,11 @@ from torch.autograd import _profiler_enabled, profiler  # type: ignore[attr-defi
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fastopt import _C, triton
-from fastopt.tensors import unscale
+from fastopt.tensors import decoded, formats, is_packed, recast, unscale
 
 Backend = Literal["cpu", "cuda", "triton", "torch"]
+States = Literal["float32", "bfloat16", "8bit"]
+Weights = Literal["split", "stochastic"]
 
 # What the method is called in torch 2.10, then since.
 _GRAPH_CAPTURE_CHECK = (
@@ -87,6 +89,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     _in_torch: ClassVar[bool] = True  # whether torch has such an optimizer, to step instead
     _own_init_group: ClassVar[bool]  # what torch's step asks a class that has one
     _backend: Backend | None = None
+    _states: States | None = None
+    _weights: Weights | None = None
     _fallbacks: frozenset[str] = frozenset()  # reasons the user has been told
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -94,19 +98,64 @@ class FusedOptimizer(torch.optim.Optimizer):
         owner = next((base for base in cls.__mro__ if "_init_group" in vars(base)), None)
         cls._own_init_group = owner is not None and not owner.__module__.startswith("torch.optim.")
 
-    def _use_backend(self, backend: Backend | None) -> None:
-        if backend is None:
-            return
-        if backend not in _WHY_NOT:
-            names = ", ".join(map(repr, _WHY_NOT))
-            raise ValueError(f"unknown backend {backend!r}; choose one of {names} or None")
-        reason = _WHY_NOT[backend]()
+    def _use(self, backend: Backend | None, states: States | None, weights: Weights | None) -> None:
+        """Take the options that are ours, before the parameters are known."""
+        for name, value, choices in (
+            ("states", states, get_args(States)),
+            ("weights", weights, get_args(Weights)),
+            ("backend", backend, get_args(Backend)),
+        ):
+            if value is not None and value not in choices:
+                known = ", ".join(map(repr, choices))
+                raise ValueError(f"unknown {name} {value!r}; choose one of {known} or None")
+        if backend is not None:
+            reason = _WHY_NOT[backend]()
+            if reason is not None:
+                raise RuntimeError(f"backend {backend!r} is not usable: {reason}")
+            if backend == "torch" and not self._in_torch:
+                name = type(self).__name__
+                raise ValueError(f"torch.optim has no {name}; choose another backend or None")
+            self._backend = backend
+        # Not as None: an instance is pickled without what it has not.
+        if states is not None:
+            self._states = states
+        if weights is not None:
+            self._weights = weights
+        if backend == "torch" and self._keeping:
+            raise ValueError(
+                f"torch's own step has no {self._keeping}; leave it or backend='torch' out"
+            )
+
+    @property
+    def _keeping(self) -> str:
+        """The options about formats that are in use, as the user wrote them."""
+        options = {"states": self._states, "weights": self._weights}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items() if value)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; raises ValueError, too, where a format cannot be kept of a parameter."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        reason = self._why_not_kept(group) if self._keeping else None
         if reason is not None:
-            raise RuntimeError(f"backend {backend!r} is not usable: {reason}")
-        if backend == "torch" and not self._in_torch:
-            name = type(self).__name__
-            raise ValueError(f"torch.optim has no {name}; choose another backend or None")
-        self._backend = backend
+            self.param_groups.pop()
+            raise ValueError(f"{self._keeping} does not go with {reason}")
+
+    def _why_not_kept(self, group: dict[str, Any]) -> str | None:
+        if group.get("differentiable"):
+            return "differentiable=True, which is torch's own step; leave one of them out"
+        for p in group["params"]:
+            if self._weights and p.dtype == torch.float16:
+                return (
+                    "a float16 parameter: weights= is for bfloat16 ones; convert it with "
+                    ".bfloat16() or .float(), or leave the option out"
+                )
+            if self._states in ("bfloat16", "8bit") and p.is_complex():
+                return (
+                    "a complex parameter: give it to an optimizer without states=, or keep its "
+                    "real and imaginary parts as parameters"
+                )
+        return None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
@@ -140,10 +189,18 @@ class FusedOptimizer(torch.optim.Optimizer):
                 getattr(self, "found_inf", None),
                 torch.get_num_threads(),
                 self._backend,
+                self._states,
+                self._weights,
                 self._launch_triton,
             )
             if reason is None:
                 return loss
+        if self._keeping:
+            raise RuntimeError(
+                f"fastopt.{type(self).__name__} cannot make this step: {reason}; torch's own step, "
+                f"which could, has no {self._keeping}: leave the option out, or give dense tensors "
+                "on a device that fastopt.backends() says is usable"
+            )
         if self._backend not in (None, "torch"):
             raise RuntimeError(f"backend={self._backend!r} cannot make this step: {reason}")
         if not self._in_torch:
@@ -254,36 +311,61 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        if self._backend is not None:
-            state["_backend"] = self._backend
-        return state
+        own = {"_backend", "_states", "_weights"}
+        return state | {name: self.__dict__[name] for name in own & self.__dict__.keys()}
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with step counts where torch keeps them: on the CPU, unless a group is fused
-        or capturable. Its own step would wait for every one of them on an accelerator."""
+        or capturable. Its own step would wait for every one of them on an accelerator.
+
+        8-bit states are in it as bfloat16, of which each is one exactly: on the CPU, where
+        they take nothing of an accelerator's memory, but DTensors on their mesh.
+        """
         # Before the users' hooks: they see what is saved and may make anything of it.
-        handle = self.register_state_dict_post_hook(_counts_to_cpu, prepend=True)
+        handles = [
+            self.register_state_dict_post_hook(hook, prepend=True)
+            for hook in (_counts_to_cpu, _decode_states)
+        ]
         try:
             return super().state_dict()
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, except that float32 states of 16-bit parameters stay float32, and numbers
-        beside the step count, such as NAdam's ``mu_product``, what they are."""
+        beside the step count, such as NAdam's ``mu_product``, what they are; and that states are
+        then kept as ``states=`` and ``weights=`` say, whatever they come as."""
         loaded: dict[str, Any] = {}
+        counts = _C.counts[self._rule]
 
-        def note(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
+        def note(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any] | None:
             loaded.update(final)
+            if not self._keeping:
+                return None
+            # torch would bring all to the parameters' device and dtype before we narrow the first.
+            state = {
+                i: {key: v for key, v in kept.items() if not _like_param(key, v, counts)}
+                if isinstance(kept, dict)
+                else kept
+                for i, kept in final["state"].items()
+            }
+            return {**final, "state": state}
 
         def restore(_: torch.optim.Optimizer) -> None:
-            counts = _C.counts[self._rule][1:]  # of the step count torch itself keeps the dtype
             params = [p for group in self.param_groups for p in group["params"]]
             ids = [i for group in loaded["param_groups"] for i in group["params"]]
             for i, p in zip(ids, params, strict=True):
-                for key, value in loaded["state"].get(i, {}).items():
+                kept = loaded["state"].get(i, {})
+                own = {key: v for key, v in kept.items() if _like_param(key, v, counts)}
+                if self._keeping and own:
+                    names = formats(self, p, list(own))
+                    for (key, value), name in zip(own.items(), names, strict=True):
+                        self.state[p][key] = recast(value, p, name)
+                for key, value in kept.items():
                     if isinstance(value, Tensor) and (
-                        key in counts or _is_wider(value.dtype, p.dtype)
+                        key in counts[1:]  # of the step count torch itself keeps the dtype
+                        or (not self._keeping and _is_wider(value.dtype, p.dtype))
                     ):
                         self.state[p][key] = value.to(p.device)
 
@@ -297,6 +379,25 @@ class FusedOptimizer(torch.optim.Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _like_param(key: str, value: Any, counts: list[str]) -> bool:
+    """Whether something kept of a parameter is a tensor of its shape."""
+    return isinstance(value, Tensor) and key not in (*counts, "step")
+
+
+def _decode_states(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    states = state_dict["state"]
+    groups = zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
+    for own, saved in groups:
+        for p, i in zip(own["params"], saved["params"], strict=True):
+            packed = {key: v for key, v in states.get(i, {}).items() if is_packed(v)}
+            if packed:
+                names = formats(optimizer, p, list(states[i]))
+                of_key = dict(zip(states[i], names, strict=True))
+                states[i] = states[i] | {
+                    key: decoded(value, p, of_key[key]) for key, value in packed.items()
+                }
 
 
 def _counts_to_cpu(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

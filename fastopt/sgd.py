@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fastopt.optimizer import Backend, FusedOptimizer
+from fastopt.optimizer import Backend, FusedOptimizer, States, Weights
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):
@@ -31,6 +31,10 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         differentiable: True takes torch's own step (default: False).
         fused: a hint likewise, but True leaves unscaling to the step under GradScaler
             (default: None).
+        states: how moments are kept: "float32", "bfloat16" or "8bit"; None as torch does, in the
+            parameter's dtype (default: None).
+        weights: what a bfloat16 parameter keeps beyond bfloat16: "split" all of float32, in 16 bits
+            more; "stochastic" nothing, but it is rounded stochastically (default: None).
         backend: "cpu", "cuda", "triton" or, for torch's own step, "torch"; None picks by device
             (default: None).
 
@@ -56,9 +60,11 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        states: States | None = None,
+        weights: Weights | None = None,
         backend: Backend | None = None,
     ) -> None:
-        self._use_backend(backend)
+        self._use(backend, states, weights)
         super().__init__(
             params,
             lr,

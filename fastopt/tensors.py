@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastopt import _C
 
 
 def memory(param: Any, tensor: Any) -> Tensor | str:
@@ -50,16 +55,130 @@ def gradient(param: Any, grad: Any) -> tuple[Tensor, bool] | str:
         return found
     plain = found.resolve_conj().resolve_neg()
     if _is_double(plain) != _is_double(param):
-        plain = recast(plain, param)
+        plain = plain.to(param.dtype) if plain.is_complex() == param.is_complex() else plain
     return plain, grad is not own or plain is not found
 
 
-def recast(tensor: Tensor, param: Tensor) -> Tensor:
-    """``tensor`` in the dtype of ``param``, where both are complex or both real."""
-    return tensor.to(param.dtype) if tensor.is_complex() == param.is_complex() else tensor
-
-
 Number = float | Tensor
+
+
+def formats(optimizer: Any, param: Tensor, keys: list[str]) -> list[str]:
+    """The formats, by csrc's names, in which an optimizer keeps its states of a parameter under
+    these keys; "" for those that are as torch has them."""
+    own = (optimizer._states, optimizer._weights)
+    return _C.formats(optimizer._rule, *own, _local(param), keys)
+
+
+_PACKED = {"block signed": True, "block unsigned": False}  # whether they have a sign
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16 stochastic": torch.bfloat16,
+    "remainder": torch.int16,
+    **dict.fromkeys(_PACKED, torch.uint8),
+}
+
+
+def new_state(param: Any, first: Number, format: str) -> Any:
+    """A state of a parameter before the first step, every number being ``first``.
+
+    Raises:
+        RuntimeError: the step is being captured in a graph.
+    """
+    _refuse_in_graph(param.device, "it would make states anew at every replay")
+    if format not in _PACKED:
+        state = torch.zeros_like(param, dtype=_DTYPES.get(format))
+        _fill(state, first)
+        return state
+    local = _local(param)
+    if isinstance(first, Tensor) or first != 0:
+        return recast(torch.full_like(local, float(first)), local, format)
+    return torch.zeros(_C.block_bytes(local), dtype=torch.uint8, device=local.device)
+
+
+@torch.no_grad()
+def recast(value: Any, param: Any, format: str = "") -> Any:
+    """A state as a format keeps it, beside its parameter; "": in the parameter's dtype.
+
+    Raises:
+        RuntimeError: the step is being captured in a graph.
+    """
+    device = param.device
+    if format == "":
+        same_kind = value.is_complex() == param.is_complex()
+        wide = _is_wider(value.dtype, param.dtype)
+        return value.to(device, value.dtype if wide or not same_kind else param.dtype)
+    if value.dtype == _DTYPES[format]:
+        return value.to(device)
+    _refuse_in_graph(device, "it would convert states at every replay")
+    if format == "remainder":
+        warnings.warn(
+            f"the remainder of split weights came back as {value.dtype} and is begun anew: "
+            "something that saved or loaded the optimizer cast its states; keep int16 as it is",
+            stacklevel=2,
+        )
+        return torch.zeros_like(param, dtype=torch.int16)
+    if is_packed(value):
+        raise ValueError(
+            "a state is kept in 8 bits, which this optimizer's states= does not ask for; bring it "
+            "over with load_state_dict of the other's state_dict"
+        )
+    if format not in _PACKED:
+        return value.to(device, _DTYPES[format])
+    shard = _local(value)
+    if shard.shape != _local(param).shape:
+        return value  # which does not fit: the core names the parameter
+    numbers = shard.to("cpu", torch.float32).contiguous()
+    packed = torch.empty(_C.block_bytes(numbers), dtype=torch.uint8)
+    _C.encode(numbers, _rows(numbers), numbers.numel(), _PACKED[format], packed)
+    return packed.to(device)
+
+
+def is_packed(value: Any) -> bool:
+    """Whether a state is one of 8-bit numbers: codes, then scales, in one tensor of bytes."""
+    return isinstance(value, Tensor) and value.dtype == torch.uint8 and value.dim() == 1
+
+
+@torch.no_grad()
+def decoded(packed: Tensor, param: Any, format: str) -> Any:
+    """An 8-bit state as bfloat16, of the parameter's shape: on the CPU, or a DTensor as it is."""
+    numbers = torch.empty(_local(param).shape, dtype=torch.bfloat16)
+    _C.decode(packed.cpu(), _rows(numbers), numbers.numel(), _PACKED[format], numbers)
+    if not _is_dtensor(param):
+        return numbers
+    return type(param).from_local(
+        numbers.to(param.device),
+        param.device_mesh,
+        param.placements,
+        shape=param.shape,
+        stride=param.stride(),
+        run_check=False,
+    )
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor._local_tensor if _is_dtensor(tensor) else tensor  # type: ignore[no-any-return]
+
+
+def _rows(tensor: Tensor) -> int:
+    return tensor.shape[0] if tensor.dim() else 1
+
+
+def place_in_whole(param: Any) -> tuple[int, tuple[int, ...]] | None:
+    """Where a DTensor's shard lies in the whole parameter: the index of its first element, and how
+    it grows along each dimension. None where the shard is all there is, or nothing."""
+    return _place(param._spec) if _is_dtensor(param) else None
+
+
+@functools.cache
+def _place(spec: Any) -> tuple[int, tuple[int, ...]]:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape = tuple(spec.shape)
+    _, offset = compute_local_shape_and_global_offset(shape, spec.mesh, spec.placements)
+    strides = [1] * len(shape)
+    for d in range(len(shape) - 1, 0, -1):
+        strides[d - 1] = strides[d] * shape[d]
+    return sum(map(operator.mul, offset, strides)), tuple(strides)
 
 
 def new_states(
@@ -144,6 +263,10 @@ def unscale(grads: Sequence[Tensor], grad_scale: Tensor | float, found_inf: Any 
 def _is_dtensor(tensor: Any) -> bool:
     distributed = sys.modules.get("torch.distributed.tensor")  # loaded where there are DTensors
     return distributed is not None and isinstance(tensor, distributed.DTensor)
+
+
+def _is_wider(dtype: torch.dtype, than: torch.dtype) -> bool:
+    return dtype == torch.float32 and than in (torch.bfloat16, torch.float16)
 
 
 def _is_double(tensor: Tensor) -> bool:

@@ -55,7 +55,7 @@ ROOT = Path(__file__).parents[1]
 
 # As in csrc/cuda/apply.cu: threads of a block, and what one launch of advance takes.
 ADVANCE_THREADS, UPDATE_THREADS = 32, 256
-SLOTS, GROUPS, LAYOUT_NUMBERS = 320, 16, 385
+SLOTS, GROUPS, LAYOUT_NUMBERS = 288, 16, 513
 
 
 class Launch(ctypes.Structure):
@@ -226,7 +226,8 @@ def test_any_number_of_layouts_is_one_launch_of_update(device, name):
     cpu.step()
     assert_same_bits(cuda, cpu)
     tensors = 1 + len(tensors_of(cuda)[0]) - len(count_names(cuda))  # with the gradient
-    numbers = 1 + 3 * (1 + tensors)  # of a layout: its dimensions, their sizes and strides
+    # Of a layout: its dimensions, their sizes, the strides of each tensor and of the index.
+    numbers = 1 + 3 * (2 + tensors)
     assert launches.advance == -(-count // (LAYOUT_NUMBERS // numbers))
 
 

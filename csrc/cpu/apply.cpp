@@ -14,7 +14,14 @@ namespace fastopt::cpu {
 namespace {
 
 template <class T>
-constexpr DType kNative = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+constexpr Format kNative = sizeof(T) == 8 ? Format::kFloat64 : Format::kFloat32;
+
+// What advance leaves of a slot for update.
+template <class Rule, class T>
+struct Advanced {
+  typename Rule::template Scalars<T> k;
+  uint32_t seed;  // of the step's random bits
+};
 
 // The strides of arrays, known when the innermost loop is compiled.
 struct Unit {
@@ -37,29 +44,69 @@ void update(const typename Rule::template Scalars<T>& scalars, T* const* tensor,
   }
 }
 
-// n elements by way of buffers, which `view` says how to fill.
-template <class Rule, int kStates, class T>
-void update_buffered(const Work& work, const typename Rule::template Scalars<T>& scalars,
-                     const View* view, int64_t n) {
+// Rounding to one of the table's formats takes random bits.
+bool any_random(const Work& work) {
+  for (int i = 0; i < kMaxTensors; ++i) {
+    if (is_random(work.format[i])) return true;
+  }
+  return false;
+}
+
+// A tile of n elements by way of buffers, but for those that can be computed where they lie.
+//
+// for_each_view(i, use) calls use(view, at) for the views of tensor i; the last one is the index in
+// the whole parameter, of which only a view's loops have a meaning. in_place(i) is where the
+// elements of tensor i lie as an array of T, or null. The run is of blocks, if there are any.
+template <class Rule, int kStates, class T, class ForEachView, class InPlace>
+void update_tile(const Work& work, const Advanced<Rule, T>& advanced, const Slot& slot, int64_t n,
+                 const Run* run, ForEachView for_each_view, InPlace in_place) {
   constexpr int kCount = kState + kStates;
+  const int count = tensor_count(kStates, work.format[kParam]);
+  const bool rescale = work.grad_scale != 1;
   alignas(64) T buffer[kCount][kTile];
+  alignas(64) uint32_t index[kTile];
   T* tensor[kCount];
-  for (int i = 0; i < kCount; ++i) load(view[i], tensor[i] = buffer[i]);
-  if (work.grad_scale != 1) {
-    for (int64_t i = 0; i < n; ++i) buffer[kGrad][i] /= T(work.grad_scale);
-    store(view[kGrad], buffer[kGrad]);
-  }
-  update<Rule, kStates, T>(scalars, tensor, Unit{}, n);
+  const auto load_tensor = [&](int i, T* to) {
+    for_each_view(i, [&](const View& view, int64_t at) { load(view, run, to + at); });
+  };
+  const auto store_tensor = [&](int i, const T* from) {
+    const uint32_t key = is_random(work.format[i]) ? key_of(advanced.seed, i) : 0;
+    for_each_view(
+        i, [&](const View& view, int64_t at) { store(view, run, from + at, {key, index + at}); });
+  };
   for (int i = 0; i < kCount; ++i) {
-    if (i != kGrad) store(view[i], buffer[i]);
+    tensor[i] = work.format[i] == kNative<T> && !(i == kGrad && rescale) ? in_place(i) : nullptr;
+    if (!tensor[i]) load_tensor(i, tensor[i] = buffer[i]);
   }
+  if (count > kCount) load_tensor(kCount, buffer[kParam]);  // what completes a split parameter
+  if (rescale) {
+    for (int64_t i = 0; i < n; ++i) buffer[kGrad][i] /= T(work.grad_scale);
+    store_tensor(kGrad, buffer[kGrad]);
+  }
+  update<Rule, kStates, T>(advanced.k, tensor, Unit{}, n);
+  if (any_random(work)) {
+    for_each_view(count, [&](const View& view, int64_t at) {
+      const auto first = slot.first_index;
+      uint32_t* const to = index + at;
+      walk(
+          view,
+          [=](int64_t in_whole, int64_t in_buffer) {
+            to[in_buffer] = first + static_cast<uint32_t>(in_whole);
+          },
+          [](int64_t) {});
+    });
+  }
+  for (int i = 0; i < kCount; ++i) {
+    if (i != kGrad && tensor[i] == buffer[i]) store_tensor(i, buffer[i]);
+  }
+  if (count > kCount) store_tensor(kCount, buffer[kParam]);
 }
 
 // A chunk of a slot whose tensors differ in their strides. An only dimension needs no buffers: its
 // elements can be computed where they lie.
 template <class Rule, int kStates, class T>
-void update_strided(const Work& work, const typename Rule::template Scalars<T>& scalars,
-                    const Slot& slot, int64_t chunk, bool native) {
+void update_strided(const Work& work, const Advanced<Rule, T>& advanced, const Slot& slot,
+                    int64_t chunk, bool native) {
   constexpr int kCount = kState + kStates;
   const int64_t* const layout = work.layouts + slot.layout;
   if (native && layout[0] == 1) {
@@ -70,73 +117,117 @@ void update_strided(const Work& work, const typename Rule::template Scalars<T>& 
       stride[i] = *layout_of(layout, i).stride;
       tensor[i] = static_cast<T*>(slot.data[i]) + begin * stride[i];
     }
-    return update<Rule, kStates, T>(scalars, tensor, stride, smaller(kChunk, slot.numel - begin));
+    return update<Rule, kStates, T>(advanced.k, tensor, stride,
+                                    smaller(kChunk, slot.numel - begin));
   }
   // Elements may be taken in any order: the chunk is its share of the slot's tiles.
-  const Tiling tiling(layout, kCount);
-  const int64_t chunks = (slot.numel + kChunk - 1) / kChunk;
+  const Tiling tiling(layout, tensor_count(kStates, work.format[kParam]));
+  const int64_t chunks = chunks_of(slot);
   const int64_t end = tiling.count() * (chunk + 1) / chunks;
   for (int64_t t = tiling.count() * chunk / chunks; t < end; ++t) {
     const Tile tile = tiling.at(t), next = tiling.at(t + 1);
-    View view[kCount];
-    for (int i = 0; i < kCount; ++i) {
-      view[i] = view_of(tile, next, layout_of(layout, i), slot.data[i], work.dtype[i]);
+    update_tile<Rule, kStates, T>(
+        work, advanced, slot, tile.numel, nullptr,
+        [&](int i, auto use) {
+          use(view_of(tile, next, layout_of(layout, i), slot.data[i], work.format[i]), 0);
+        },
+        [](int) -> T* { return nullptr; });
+  }
+}
+
+// n elements of a dense slot.
+template <class Rule, int kStates, class T>
+void update_dense_tile(const Work& work, const Advanced<Rule, T>& advanced, const Slot& slot,
+                       int64_t begin, int64_t n, const Run* run) {
+  update_tile<Rule, kStates, T>(
+      work, advanced, slot, n, run,
+      [&](int i, auto use) { use(view_of(begin, n, slot.data[i], work.format[i]), 0); },
+      [&](int i) { return static_cast<T*>(slot.data[i]) + begin; });
+}
+
+// A chunk of blocks, a tile being as many of them as there is room for.
+template <class Rule, int kStates>
+void update_blocks(const Work& work, const Advanced<Rule, float>& advanced, const Slot& slot,
+                   int64_t chunk) {
+  const Blocks blocks(slot.numel, slot.rows);
+  const int64_t in_chunk = blocks_in_chunk(blocks);
+  const int64_t end = smaller((chunk + 1) * in_chunk, slot.rows * blocks.in_row);
+  const int64_t in_tile = in_chunk * kTile / kChunk;
+  for (int64_t first = chunk * in_chunk; first < end; first += in_tile) {
+    const Run run{blocks, first, smaller(in_tile, end - first), slot.numel};
+    const int64_t begin = blocks.begin(first);
+    const int64_t n = blocks.begin(first + run.count) - begin;
+    if (slot.layout == kDense) {
+      update_dense_tile<Rule, kStates>(work, advanced, slot, begin, n, &run);
+      continue;
     }
-    update_buffered<Rule, kStates, T>(work, scalars, view, tile.numel);
+    const int64_t* const layout = work.layouts + slot.layout;
+    update_tile<Rule, kStates, float>(
+        work, advanced, slot, n, &run,
+        [&](int i, auto use) {
+          if (is_block(work.format[i]))
+            return use(view_of(begin, n, slot.data[i], work.format[i]), 0);
+          for_each_stretch(layout_of(layout, i), begin, n, slot.data[i], work.format[i], use);
+        },
+        [](int) -> float* { return nullptr; });
   }
 }
 
 template <class Rule, int kStates, class T>
-void update_chunk(const Work& work, const typename Rule::template Scalars<T>& scalars,
-                  const Slot& slot, int64_t chunk) {
+void update_chunk(const Work& work, const Advanced<Rule, T>& advanced, const Slot& slot,
+                  int64_t chunk) {
   constexpr int kCount = kState + kStates;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (slot.rows != 0) return update_blocks<Rule, kStates>(work, advanced, slot, chunk);
+  }
   bool native = work.grad_scale == 1;  // all are T in memory: nothing to convert
-  for (int i = 0; i < kCount; ++i) native = native && work.dtype[i] == kNative<T>;
+  for (int i = 0; i < kCount; ++i) native = native && work.format[i] == kNative<T>;
   if (slot.layout != kDense) {
-    return update_strided<Rule, kStates, T>(work, scalars, slot, chunk, native);
+    return update_strided<Rule, kStates, T>(work, advanced, slot, chunk, native);
   }
   const int64_t chunk_begin = chunk * kChunk;
   const int64_t end = smaller(chunk_begin + kChunk, slot.numel);
   if (native) {
     T* tensor[kCount];
     for (int i = 0; i < kCount; ++i) tensor[i] = static_cast<T*>(slot.data[i]) + chunk_begin;
-    return update<Rule, kStates, T>(scalars, tensor, Unit{}, end - chunk_begin);
+    return update<Rule, kStates, T>(advanced.k, tensor, Unit{}, end - chunk_begin);
   }
   for (int64_t begin = chunk_begin; begin < end; begin += kTile) {
-    const int64_t n = smaller(kTile, end - begin);
-    View view[kCount];
-    for (int i = 0; i < kCount; ++i) view[i] = view_of(begin, n, slot.data[i], work.dtype[i]);
-    update_buffered<Rule, kStates, T>(work, scalars, view, n);
+    update_dense_tile<Rule, kStates, T>(work, advanced, slot, begin, smaller(kTile, end - begin),
+                                        nullptr);
   }
 }
 
 // Phase one. Slots of a group mostly share their counts, so the last scalars are tried first.
 template <class Rule, class T>
-void advance(const Work& work, typename Rule::template Scalars<T>* scalars) {
-  constexpr int kCounts = Rule::kCounts;
+void advance(const Work& work, Advanced<Rule, T>* advanced) {
+  // A rule that counts nothing has the step counted where random bits depend on it.
+  const int counts = Rule::kCounts > 0 ? Rule::kCounts : work.counts;
+  constexpr int kMost = Rule::kCounts + 1;
   const Slot* last = nullptr;
-  Count last_before[kCounts + 1] = {}, last_after[kCounts + 1] = {};
+  Count last_before[kMost] = {}, last_after[kMost] = {};
   for (int64_t i = 0; i < work.slot_count; ++i) {
     const Slot& slot = work.slots[i];
-    Count before[kCounts + 1] = {}, after[kCounts + 1] = {};
+    Count before[kMost] = {}, after[kMost] = {};
     bool same = last && last->group == slot.group && last->fresh == slot.fresh;
-    for (int j = 0; j < kCounts; ++j) {
-      before[j] = read_count(slot.data[count_place(j)], work.dtype[count_place(j)]);
+    for (int j = 0; j < counts; ++j) {
+      before[j] = read_count(slot.data[count_place(j)], work.format[count_place(j)]);
       same = same && before[j].value == last_before[j].value;
     }
     if (same) {
-      scalars[i] = scalars[i - 1];
-      for (int j = 0; j < kCounts; ++j) after[j] = last_after[j];
+      advanced[i] = advanced[i - 1];
+      for (int j = 0; j < counts; ++j) after[j] = last_after[j];
     } else {
-      for (int j = 0; j < kCounts; ++j) after[j] = before[j];
-      double t = slot.fresh ? 1 : 2;
-      if constexpr (kCounts > 0) t = after[0].value = after[0].rounded(after[0].value + 1);
+      for (int j = 0; j < counts; ++j) after[j] = before[j];
+      if (counts > 0) after[0].value = after[0].rounded(after[0].value + 1);
+      const double t = Rule::kCounts > 0 ? after[0].value : slot.fresh ? 1 : 2;
       const auto value = [](const Number& number) { return number.value; };
-      scalars[i] =
+      advanced[i].k =
           Rule::template advance<T>(options_of<Rule>(work.groups[slot.group], value), t, after + 1);
+      advanced[i].seed = seed_of(after[0].value);
     }
     last = &slot;
-    for (int j = 0; j < kCounts; ++j) {
+    for (int j = 0; j < counts; ++j) {
       write_count(slot.data[count_place(j)], after[j]);
       last_before[j] = before[j];
       last_after[j] = after[j];
@@ -146,15 +237,14 @@ void advance(const Work& work, typename Rule::template Scalars<T>* scalars) {
 
 template <class Rule, int kStates, class T>
 void apply(const Work& work) {
-  using Scalars = typename Rule::template Scalars<T>;
-  static_assert(sizeof(Scalars) <= kScalarBytes);
-  auto* const scalars = static_cast<Scalars*>(work.scalars);
-  advance<Rule, T>(work, scalars);
+  static_assert(sizeof(Advanced<Rule, T>) <= kScalarBytes);
+  auto* const advanced = static_cast<Advanced<Rule, T>*>(work.scalars);
+  advance<Rule, T>(work, advanced);
   // From a chunk's slot, or one before it, to that slot.
   const auto update_at = [&](int64_t chunk, int64_t slot_before) {
     const int64_t i = slot_of_chunk(work.slots, work.slot_count, slot_before, chunk);
     const Slot& slot = work.slots[i];
-    update_chunk<Rule, kStates, T>(work, scalars[i], slot, chunk - slot.first_chunk);
+    update_chunk<Rule, kStates, T>(work, advanced[i], slot, chunk - slot.first_chunk);
     return i;
   };
   if (work.threads == 1 || work.numel < kSerial) {  // without the OpenMP runtime at all
@@ -189,7 +279,7 @@ void apply_states(const Work& work) {
 
 template <class Rule>
 void apply_rule(const Work& work) {
-  if (work.dtype[kParam] == DType::kFloat64) {
+  if (work.format[kParam] == Format::kFloat64) {
     apply_states<Rule, double>(work);
   } else {
     apply_states<Rule, float>(work);

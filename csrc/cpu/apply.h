@@ -12,8 +12,8 @@ constexpr int64_t kSerial = 32768;
 // inline function of the standard library in it could reach processors that lack the instructions.
 struct Work {
   int rule;  // place in rules/rules.h
-  int states;
-  const DType* dtype;
+  int states, counts;
+  const Format* format;
   const Group* groups;
   const Slot* slots;
   int64_t slot_count;

@@ -57,7 +57,7 @@ const char* instruction_set() { return chosen().name; }
 void apply(int rule, const Table& table, const Group* groups, float grad_scale, int threads) {
   const std::unique_ptr<unsigned char[]> scalars(
       new unsigned char[table.slots.size() * kScalarBytes]);
-  chosen().apply({rule, table.states, table.dtype, groups, table.slots.data(),
+  chosen().apply({rule, table.states, table.counts, table.format, groups, table.slots.data(),
                   static_cast<int64_t>(table.slots.size()), table.chunk_count, table.layouts.data(),
                   table.numel, scalars.get(), grad_scale, forked ? 1 : threads});
 }

@@ -4,7 +4,8 @@
 // Part of apply.cpp, and bound by what is said there.
 #pragma once
 
-#include "../convert.h"
+#include <type_traits>
+
 #include "../slot.h"
 
 // The iterations of the loop that follows do not touch each other's memory: it may be vectorised.
@@ -97,7 +98,7 @@ struct View {
     int64_t count, in_memory, in_buffer;  // the last two are strides
   };
   void* data;
-  DType dtype;
+  Format format;
   int64_t offset;  // in elements, as all that follows
   int64_t ahead;   // from here to the next tile
   int loops;
@@ -105,10 +106,10 @@ struct View {
 };
 
 // Of n elements of an array.
-View view_of(int64_t begin, int64_t n, void* data, DType dtype) {
+View view_of(int64_t begin, int64_t n, void* data, Format format) {
   View view;
   view.data = data;
-  view.dtype = dtype;
+  view.format = format;
   view.offset = begin;
   view.ahead = n;
   view.loops = 1;
@@ -116,8 +117,8 @@ View view_of(int64_t begin, int64_t n, void* data, DType dtype) {
   return view;
 }
 
-View view_of(const Tile& tile, const Tile& next, const Layout& layout, void* data, DType dtype) {
-  View view = view_of(0, 1, data, dtype);
+View view_of(const Tile& tile, const Tile& next, const Layout& layout, void* data, Format format) {
+  View view = view_of(0, 1, data, format);
   view.ahead = 0;
   int64_t in_buffer = 1;
   for (int64_t d = layout.ndim - 1; d >= 0; --d) {
@@ -148,6 +149,26 @@ View view_of(const Tile& tile, const Tile& next, const Layout& layout, void* dat
   view.loop[best] = view.loop[0];
   view.loop[0] = innermost;
   return view;
+}
+
+// Calls use(view, at) for n elements from `begin` on in the layout's order, a view for each stretch
+// of neighbours in it; `at` is where in the buffer that starts.
+template <class Use>
+void for_each_stretch(const Layout& layout, int64_t begin, int64_t n, void* data, Format format,
+                      Use use) {
+  const int64_t inner = layout.ndim - 1;
+  for (int64_t at = 0; at < n;) {
+    int64_t offset = 0, rest = begin + at;
+    const int64_t length = smaller(n - at, layout.shape[inner] - rest % layout.shape[inner]);
+    for (int64_t d = inner; d >= 0; --d) {
+      offset += rest % layout.shape[d] * layout.stride[d];
+      rest /= layout.shape[d];
+    }
+    View view = view_of(offset, length, data, format);
+    view.loop[0].in_memory = layout.stride[inner];
+    use(view, at);
+    at += length;
+  }
 }
 
 // Calls visit(in_memory, in_buffer) for every element; and, where they are no arrays, whose next
@@ -190,35 +211,125 @@ void load(const View& view, T* to) {
       [=](int64_t in_memory) { __builtin_prefetch(next + in_memory); });
 }
 
-template <class E, class T>
-void store(const View& view, const T* from) {
-  E* const to = static_cast<E*>(view.data);
+// To the parameter in the buffer, which its view has loaded.
+void join(const View& view, float* to) {
+  const Remainder* const from = static_cast<const Remainder*>(view.data);
+  const Remainder* const next = from + view.ahead;
   walk(
       view,
-      [=](int64_t in_memory, int64_t in_buffer) { to[in_memory] = narrow<E>(from[in_buffer]); },
+      [=](int64_t in_memory, int64_t in_buffer) {
+        to[in_buffer] = join(to[in_buffer], from[in_memory]);
+      },
+      [=](int64_t in_memory) { __builtin_prefetch(next + in_memory); });
+}
+
+// What rounding a tile's elements takes random bits from.
+struct Random {
+  uint32_t key;
+  const uint32_t* index;  // of each in the whole parameter
+};
+
+template <class E, class T>
+void store(const View& view, const T* from, const Random& random) {
+  E* const to = static_cast<E*>(view.data);
+  const uint32_t* const index = random.index;
+  const uint32_t key = random.key;
+  walk(
+      view,
+      [=](int64_t in_memory, int64_t in_buffer) {
+        if constexpr (std::is_same_v<E, StochasticBFloat16>) {
+          to[in_memory] = narrow<E>(from[in_buffer], random_bits(key, index[in_buffer]));
+        } else {
+          to[in_memory] = narrow<E>(from[in_buffer]);
+        }
+      },
       [](int64_t) {});
 }
 
-void load(const View& view, float* to) {
-  switch (view.dtype) {
-    case DType::kFloat32: return load<float>(view, to);
-    case DType::kBFloat16: return load<BFloat16>(view, to);
-    case DType::kFloat16: return load<Float16>(view, to);
-    case DType::kFloat64: return;  // goes with double only: add_slot has checked
+// The blocks that a tile consists of.
+struct Run {
+  Blocks blocks;
+  int64_t first, count;
+  int64_t numel;  // of the slot
+
+  // Calls visit(block, begin, n): which of the run, and its elements in the tile.
+  template <class Visit>
+  FASTOPT_RULE void for_each(Visit visit) const {
+    int64_t in_row = first % blocks.in_row, begin = 0;
+    for (int64_t block = 0; block < count; ++block) {
+      const int64_t n = smaller(kBlock, blocks.row - in_row * kBlock);
+      visit(block, begin, n);
+      begin += n;
+      if (++in_row == blocks.in_row) in_row = 0;
+    }
+  }
+};
+
+template <class Kind>
+void load_blocks(const View& view, const Run& run, float* to) {
+  const uint8_t* const codes = static_cast<const uint8_t*>(view.data) + view.offset;
+  const uint8_t* const scales = static_cast<const uint8_t*>(view.data) + run.numel + run.first;
+  run.for_each([=](int64_t block, int64_t begin, int64_t n) {
+    const uint32_t base = base_of<Kind>(scales[block]);
+    FASTOPT_INDEPENDENT
+    for (int64_t i = begin; i < begin + n; ++i) to[i] = decode<Kind>(codes[i], base);
+  });
+}
+
+template <class Kind>
+void store_blocks(const View& view, const Run& run, const float* from, const Random& random) {
+  uint8_t* const codes = static_cast<uint8_t*>(view.data) + view.offset;
+  uint8_t* const scales = static_cast<uint8_t*>(view.data) + run.numel + run.first;
+  const uint32_t* const index = random.index;
+  const uint32_t key = random.key;
+  run.for_each([=](int64_t block, int64_t begin, int64_t n) {
+    uint32_t largest = 0;
+    for (int64_t i = begin; i < begin + n; ++i) {
+      const uint32_t magnitude = magnitude_of(from[i]);
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    const uint32_t scale = scale_of<Kind>(largest);
+    const uint32_t base = base_of<Kind>(scale);
+    scales[block] = static_cast<uint8_t>(scale);
+    FASTOPT_INDEPENDENT
+    for (int64_t i = begin; i < begin + n; ++i) {
+      codes[i] = encode<Kind>(from[i], base, !Kind::kSigned ? random_bits(key, index[i]) : 0);
+    }
+  });
+}
+
+void load(const View& view, const Run* run, float* to) {
+  switch (view.format) {
+    case Format::kFloat32: return load<float>(view, to);
+    case Format::kBFloat16: return load<BFloat16>(view, to);
+    case Format::kFloat16: return load<Float16>(view, to);
+    case Format::kBFloat16Stochastic: return load<StochasticBFloat16>(view, to);
+    case Format::kSplit: return load<SplitBFloat16>(view, to);
+    case Format::kRemainder: return join(view, to);
+    case Format::kBlockSigned: return load_blocks<BlockSigned>(view, *run, to);
+    case Format::kBlockUnsigned: return load_blocks<BlockUnsigned>(view, *run, to);
+    case Format::kFloat64: return;  // goes with double only: add_slot has checked
   }
 }
 
-void store(const View& view, const float* from) {
-  switch (view.dtype) {
-    case DType::kFloat32: return store<float>(view, from);
-    case DType::kBFloat16: return store<BFloat16>(view, from);
-    case DType::kFloat16: return store<Float16>(view, from);
-    case DType::kFloat64: return;
+void store(const View& view, const Run* run, const float* from, const Random& random) {
+  switch (view.format) {
+    case Format::kFloat32: return store<float>(view, from, random);
+    case Format::kBFloat16: return store<BFloat16>(view, from, random);
+    case Format::kFloat16: return store<Float16>(view, from, random);
+    case Format::kBFloat16Stochastic: return store<StochasticBFloat16>(view, from, random);
+    case Format::kSplit: return store<SplitBFloat16>(view, from, random);
+    case Format::kRemainder: return store<Remainder>(view, from, random);
+    case Format::kBlockSigned: return store_blocks<BlockSigned>(view, *run, from, random);
+    case Format::kBlockUnsigned: return store_blocks<BlockUnsigned>(view, *run, from, random);
+    case Format::kFloat64: return;
   }
 }
 
-void load(const View& view, double* to) { load<double>(view, to); }
-void store(const View& view, const double* from) { store<double>(view, from); }
+void load(const View& view, const Run*, double* to) { load<double>(view, to); }
+void store(const View& view, const Run*, const double* from, const Random& random) {
+  store<double>(view, from, random);
+}
 
 }  // namespace
 }  // namespace fastopt::cpu

@@ -10,7 +10,6 @@
 #include <stdexcept>
 #include <type_traits>
 
-#include "../convert.h"
 #include "apply.h"
 #include "device.h"
 
@@ -30,21 +29,21 @@ struct Work {
   float* grad_scale;
   int64_t slot_count;
   int64_t chunk_count;
-  DType dtype[kMaxPlaces];
+  Format format[kMaxPlaces];
 };
 
 // advance's arguments: a batch of slots with their groups and layouts, which kernels take up to
 // 32,764 bytes of. Most models fit into one.
-constexpr int kBatchSlots = 320;
+constexpr int kBatchSlots = 288;
 constexpr int kBatchGroups = 16;
-constexpr int kBatchLayouts = 1 + 64 * (1 + kMaxTensors);  // one of torch's 64 dimensions fits
+constexpr int kBatchLayouts = 1 + 64 * (2 + kMaxTensors);  // one of torch's 64 dimensions fits
 
 struct Batch {
   Work work;
   Number found_inf, grad_scale;
   int64_t first_slot;    // the table's index of slots[0]
   int64_t first_layout;  // and of layouts[0]
-  int states, slot_count, group_count, layout_count;
+  int tensors, slot_count, group_count, layout_count;
   Slot slots[kBatchSlots];
   Group groups[kBatchGroups];  // which the slots' group counts here
   int64_t layouts[kBatchLayouts];
@@ -53,13 +52,13 @@ static_assert(sizeof(Batch) <= 32764);
 
 __device__ double read(const Number& number) {
   if (!number.tensor) return number.value;
-  switch (number.dtype) {
-    case DType::kFloat32: return *static_cast<const float*>(number.tensor);
-    case DType::kFloat64: return *static_cast<const double*>(number.tensor);
-    case DType::kBFloat16: return widen(*static_cast<const BFloat16*>(number.tensor));
-    case DType::kFloat16: return widen(*static_cast<const Float16*>(number.tensor));
+  switch (number.format) {
+    case Format::kFloat32: return *static_cast<const float*>(number.tensor);
+    case Format::kFloat64: return *static_cast<const double*>(number.tensor);
+    case Format::kBFloat16: return widen(*static_cast<const BFloat16*>(number.tensor));
+    case Format::kFloat16: return widen(*static_cast<const Float16*>(number.tensor));
+    default: return 0;  // as_number has checked
   }
-  return 0;
 }
 
 // Phase one, a thread a slot.
@@ -74,7 +73,7 @@ __global__ void advance(const __grid_constant__ Batch batch) {
   Slot slot = batch.slots[i];
   Count counts[Rule::kCounts + 1];  // one more than needed: C++ has no arrays of zero elements
   for (int j = 0; j < Rule::kCounts; ++j) {
-    counts[j] = read_count(slot.data[count_place(j)], work.dtype[count_place(j)]);
+    counts[j] = read_count(slot.data[count_place(j)], work.format[count_place(j)]);
   }
   double t = slot.fresh ? 1 : 2;
   if constexpr (Rule::kCounts > 0) t = counts[0].value = counts[0].rounded(counts[0].value + 1);
@@ -88,38 +87,38 @@ __global__ void advance(const __grid_constant__ Batch batch) {
 
   if (slot.layout != kDense) {
     const int64_t* const from = batch.layouts + (slot.layout - batch.first_layout);
-    const int64_t size = layout_size(from[0], batch.states);
+    const int64_t size = layout_size(from[0], batch.tensors);
     for (int64_t j = 0; j < size; ++j) work.layouts[slot.layout + j] = from[j];
   }
   if (skip) slot.numel = 0;  // nothing for update to do
   work.slots[batch.first_slot + i] = slot;
 }
 
-// What a dtype is in C++: calls use with an element of it.
+// What a format is in C++: calls use with an element of it.
 template <class T, class Use>
-__device__ void with_type(DType dtype, Use use) {
+__device__ void with_type(Format format, Use use) {
   if constexpr (std::is_same_v<T, double>) {
     use(double());
   } else {
-    switch (dtype) {
-      case DType::kFloat32: return use(float());
-      case DType::kBFloat16: return use(BFloat16());
-      case DType::kFloat16: return use(Float16());
-      case DType::kFloat64: return;  // goes with double only: add_slot has checked
+    switch (format) {
+      case Format::kFloat32: return use(float());
+      case Format::kBFloat16: return use(BFloat16());
+      case Format::kFloat16: return use(Float16());
+      default: return;  // kFloat64 goes with double only: add_slot has checked
     }
   }
 }
 
 template <class T>
-__device__ T load(const void* data, DType dtype, int64_t at) {
+__device__ T load(const void* data, Format format, int64_t at) {
   T value{};
-  with_type<T>(dtype, [&](auto e) { value = widen(static_cast<const decltype(e)*>(data)[at]); });
+  with_type<T>(format, [&](auto e) { value = widen(static_cast<const decltype(e)*>(data)[at]); });
   return value;
 }
 
 template <class T>
-__device__ void store(void* data, DType dtype, int64_t at, T value) {
-  with_type<T>(dtype,
+__device__ void store(void* data, Format format, int64_t at, T value) {
+  with_type<T>(format,
                [&](auto e) { static_cast<decltype(e)*>(data)[at] = narrow<decltype(e)>(value); });
 }
 
@@ -134,9 +133,9 @@ using Words = std::conditional_t<N * sizeof(E) == 16, uint4, uint2>;
 // All of it passes through the cache once: the next step comes after a model's forward and backward
 // pass.
 template <int N, class T>
-__device__ Vector load_vector(const void* data, DType dtype, int64_t at) {
+__device__ Vector load_vector(const void* data, Format format, int64_t at) {
   Vector vector;
-  with_type<T>(dtype, [&](auto e) {
+  with_type<T>(format, [&](auto e) {
     using W = Words<decltype(e), N>;
     const W* from = reinterpret_cast<const W*>(static_cast<const decltype(e)*>(data) + at);
     const W words = __ldcs(from);
@@ -146,8 +145,8 @@ __device__ Vector load_vector(const void* data, DType dtype, int64_t at) {
 }
 
 template <int N, class T>
-__device__ void unpack(const Vector& vector, DType dtype, T* to) {
-  with_type<T>(dtype, [&](auto e) {
+__device__ void unpack(const Vector& vector, Format format, T* to) {
+  with_type<T>(format, [&](auto e) {
     decltype(e) values[N];
     memcpy(values, &vector.words, sizeof values);
     for (int i = 0; i < N; ++i) to[i] = widen(values[i]);
@@ -155,8 +154,8 @@ __device__ void unpack(const Vector& vector, DType dtype, T* to) {
 }
 
 template <int N, class T>
-__device__ void store_vector(void* data, DType dtype, int64_t at, const T* from) {
-  with_type<T>(dtype, [&](auto e) {
+__device__ void store_vector(void* data, Format format, int64_t at, const T* from) {
+  with_type<T>(format, [&](auto e) {
     using W = Words<decltype(e), N>;
     decltype(e) values[N];
     for (int i = 0; i < N; ++i) values[i] = narrow<decltype(e)>(from[i]);
@@ -166,7 +165,7 @@ __device__ void store_vector(void* data, DType dtype, int64_t at, const T* from)
   });
 }
 
-// What all tensors of a table are stored as; where they differ, each is asked for its dtype.
+// What all tensors of a table are stored as; where they differ, each is asked for its format.
 enum class Storage { kFloat32, kFloat64, kBFloat16, kFloat16, kMixed };
 
 FASTOPT_RULE constexpr int vector_size(Storage storage) {
@@ -218,8 +217,8 @@ __device__ void update_chunk(const Work& work, const Slot& slot,
                              int64_t begin) {
   constexpr int kCount = kState + kStates;
   constexpr int kSize = vector_size(kStorage);
-  const auto dtype = [&](int j) {
-    return kStorage == Storage::kMixed ? work.dtype[j] : static_cast<DType>(kStorage);
+  const auto format = [&](int j) {
+    return kStorage == Storage::kMixed ? work.format[j] : static_cast<Format>(kStorage);
   };
   const auto written = [&](int j) { return j != kGrad || grad_scale != T(1); };
   const int64_t rest = slot.numel - begin;
@@ -239,13 +238,13 @@ __device__ void update_chunk(const Work& work, const Slot& slot,
   for (int i = threadIdx.x * kSize; i < in_vectors; i += kThreads * kSize) {
     Vector vectors[kCount];
     for (int j = 0; j < kCount; ++j) {
-      vectors[j] = load_vector<kSize, T>(data[j], dtype(j), begin + i);
+      vectors[j] = load_vector<kSize, T>(data[j], format(j), begin + i);
     }
     T x[kCount][kSize];
-    for (int j = 0; j < kCount; ++j) unpack<kSize>(vectors[j], dtype(j), x[j]);
+    for (int j = 0; j < kCount; ++j) unpack<kSize>(vectors[j], format(j), x[j]);
     update_elements<Rule, T, kStates>(k, grad_scale, x);
     for (int j = 0; j < kCount; ++j) {
-      if (written(j)) store_vector<kSize>(data[j], dtype(j), begin + i, x[j]);
+      if (written(j)) store_vector<kSize>(data[j], format(j), begin + i, x[j]);
     }
   }
   // What is left of an aligned chunk, or all of another.
@@ -254,10 +253,10 @@ __device__ void update_chunk(const Work& work, const Slot& slot,
     int64_t at[kCount];
     find_element(work, slot, begin + i, at);
     T x[kCount][1];
-    for (int j = 0; j < kCount; ++j) x[j][0] = load<T>(data[j], dtype(j), at[j]);
+    for (int j = 0; j < kCount; ++j) x[j][0] = load<T>(data[j], format(j), at[j]);
     update_elements<Rule, T, kStates>(k, grad_scale, x);
     for (int j = 0; j < kCount; ++j) {
-      if (written(j)) store(data[j], dtype(j), at[j], x[j][0]);
+      if (written(j)) store(data[j], format(j), at[j], x[j][0]);
     }
   }
 }
@@ -295,7 +294,7 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* st
 }
 
 int64_t layouts_of(const Table& table, const Slot& slot) {
-  return slot.layout == kDense ? 0 : layout_size(table.layouts[slot.layout], table.states);
+  return slot.layout == kDense ? 0 : layout_size(table.layouts[slot.layout], table.tensors());
 }
 
 template <class Rule, class T>
@@ -346,9 +345,10 @@ auto* update_kernel(Storage storage) {
 template <class Rule, class T, int kStates = Rule::kFewestStates>
 void update_all(const Table& table, const Work& work, void* stream) {
   if (table.states == kStates) {
-    const DType* const last = table.dtype + kState + kStates;
-    const bool mixed = std::any_of(table.dtype, last, [&](DType d) { return d != *table.dtype; });
-    const Storage storage = mixed ? Storage::kMixed : static_cast<Storage>(*table.dtype);
+    const Format* const last = table.format + kState + kStates;
+    const bool mixed =
+        std::any_of(table.format, last, [&](Format d) { return d != *table.format; });
+    const Storage storage = mixed ? Storage::kMixed : static_cast<Storage>(*table.format);
     const int64_t blocks = resident_blocks(storage, kStates) * multiprocessors(table.device);
     launch(update_kernel<Rule, T, kStates>(storage), std::min(blocks, work.chunk_count), kThreads,
            stream, work);
@@ -366,7 +366,7 @@ void apply_as(const Table& table, const Group* groups, Batch& batch, void* strea
 
 template <class Rule>
 void apply_rule(const Table& table, const Group* groups, Batch& batch, void* stream) {
-  if (table.dtype[kParam] == DType::kFloat64) {
+  if (table.format[kParam] == Format::kFloat64) {
     apply_as<Rule, double>(table, groups, batch, stream);
   } else {
     apply_as<Rule, float>(table, groups, batch, stream);
@@ -392,13 +392,13 @@ void apply(int rule, const Table& table, const Group* groups, const Number& foun
   Work& work = batch.work;
   work.slot_count = static_cast<int64_t>(table.slots.size());
   work.chunk_count = table.chunk_count;
-  std::copy(std::begin(table.dtype), std::end(table.dtype), work.dtype);
+  std::copy(std::begin(table.format), std::end(table.format), work.format);
   work.slots = static_cast<Slot*>(scratch);
   work.scalars = work.slots + work.slot_count;
   work.layouts =
       reinterpret_cast<int64_t*>(static_cast<char*>(work.scalars) + work.slot_count * kScalarBytes);
   work.grad_scale = reinterpret_cast<float*>(work.layouts + table.layouts.size());
-  batch.states = table.states;
+  batch.tensors = table.tensors();
   batch.found_inf = found_inf;
   batch.grad_scale = grad_scale;
   batch.first_slot = batch.first_layout = 0;

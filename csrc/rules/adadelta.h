@@ -9,7 +9,8 @@ namespace fastopt {
 
 struct Adadelta {
   static constexpr const char* kName = "adadelta";
-  static constexpr State kStates[] = {{"step"}, {"square_avg"}, {"acc_delta"}};
+  static constexpr State kStates[] = {
+      {"step"}, nonnegative("square_avg"), nonnegative("acc_delta")};
   static constexpr int kCounts = 1;
   static constexpr int kFewestStates = 2;
 

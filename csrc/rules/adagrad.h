@@ -10,7 +10,7 @@ namespace fastopt {
 
 struct Adagrad {
   static constexpr const char* kName = "adagrad";
-  static constexpr State kStates[] = {{"step"}, {"sum", "initial_accumulator_value"}};
+  static constexpr State kStates[] = {{"step"}, nonnegative("sum", "initial_accumulator_value")};
   static constexpr int kCounts = 1;
   static constexpr int kFewestStates = 1;
 

@@ -12,7 +12,8 @@ namespace fastopt {
 struct Adam {
   static constexpr const char* kName = "adam";
   // Keys of the state: counts, which advance updates, then what update does.
-  static constexpr State kStates[] = {{"step"}, {"exp_avg"}, {"exp_avg_sq"}, {"max_exp_avg_sq"}};
+  static constexpr State kStates[] = {
+      {"step"}, {"exp_avg"}, nonnegative("exp_avg_sq"), nonnegative("max_exp_avg_sq")};
   static constexpr int kCounts = 1;
   static constexpr int kFewestStates = 2;
 

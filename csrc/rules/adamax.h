@@ -9,7 +9,7 @@ namespace fastopt {
 
 struct Adamax {
   static constexpr const char* kName = "adamax";
-  static constexpr State kStates[] = {{"step"}, {"exp_avg"}, {"exp_inf"}};
+  static constexpr State kStates[] = {{"step"}, {"exp_avg"}, nonnegative("exp_inf")};
   static constexpr int kCounts = 1;
   static constexpr int kFewestStates = 2;
 

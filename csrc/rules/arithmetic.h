@@ -93,12 +93,22 @@ FASTOPT_RULE double power(double base, double exponent) {
   return base == 0 ? (exponent > 0 ? 0 : 1) : zero / zero;  // of a negative base or NaN: NaN
 }
 
-// A key of the state in torch's name, and what its values are before the first step: a number, or
-// the param group's under that key.
+// What a narrow format may do to a state: that of kUnsigned, which is never negative, tells the
+// least number from 0; where one that must be kExact is in use, none is narrowed.
+enum class Narrow { kSigned, kUnsigned, kExact };
+
+// A key of the state in torch's name, what its values are before the first step: a number, or the
+// param group's under that key; and how it can be narrowed.
 struct State {
   const char* name;
   const char* first = "0";
+  Narrow narrow = Narrow::kSigned;
 };
+
+// Such as an average of squares.
+constexpr State nonnegative(const char* name, const char* first = "0") {
+  return {name, first, Narrow::kUnsigned};
+}
 
 // A number of the state that advance counts on, rounded to the dtype it is kept in.
 struct Count {

@@ -9,7 +9,8 @@ namespace fastopt {
 
 struct ASGD {
   static constexpr const char* kName = "asgd";
-  static constexpr State kStates[] = {{"step"}, {"eta", "lr"}, {"mu", "1"}, {"ax"}};
+  static constexpr State kStates[] = {
+      {"step"}, {"eta", "lr"}, {"mu", "1"}, {"ax", "0", Narrow::kExact}};
   static constexpr int kCounts = 3;
   static constexpr int kFewestStates = 1;
 

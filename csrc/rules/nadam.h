@@ -9,7 +9,8 @@ namespace fastopt {
 
 struct NAdam {
   static constexpr const char* kName = "nadam";
-  static constexpr State kStates[] = {{"step"}, {"mu_product", "1"}, {"exp_avg"}, {"exp_avg_sq"}};
+  static constexpr State kStates[] = {
+      {"step"}, {"mu_product", "1"}, {"exp_avg"}, nonnegative("exp_avg_sq")};
   static constexpr int kCounts = 2;
   static constexpr int kFewestStates = 2;
 

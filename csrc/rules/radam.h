@@ -9,7 +9,7 @@ namespace fastopt {
 
 struct RAdam {
   static constexpr const char* kName = "radam";
-  static constexpr State kStates[] = {{"step"}, {"exp_avg"}, {"exp_avg_sq"}};
+  static constexpr State kStates[] = {{"step"}, {"exp_avg"}, nonnegative("exp_avg_sq")};
   static constexpr int kCounts = 1;
   static constexpr int kFewestStates = 2;
 

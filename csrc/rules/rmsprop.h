@@ -10,7 +10,8 @@ namespace fastopt {
 
 struct RMSprop {
   static constexpr const char* kName = "rmsprop";
-  static constexpr State kStates[] = {{"step"}, {"square_avg"}, {"momentum_buffer"}, {"grad_avg"}};
+  static constexpr State kStates[] = {
+      {"step"}, nonnegative("square_avg"), {"momentum_buffer"}, {"grad_avg", "0", Narrow::kExact}};
   static constexpr int kCounts = 1;
   static constexpr int kFewestStates = 1;
 

@@ -10,7 +10,7 @@ namespace fastopt {
 
 struct Rprop {
   static constexpr const char* kName = "rprop";
-  static constexpr State kStates[] = {{"step"}, {"prev"}, {"step_size", "lr"}};
+  static constexpr State kStates[] = {{"step"}, {"prev"}, nonnegative("step_size", "lr")};
   static constexpr int kCounts = 1;
   static constexpr int kFewestStates = 2;
 

@@ -1,4 +1,4 @@
-"""csrc/convert.h: rounding between storage and arithmetic, in every tensor access.
+"""csrc/formats/nearest.h: rounding between storage and arithmetic, in every tensor access.
 
 bfloat16 is stored and rounded as uint16, in integer arithmetic: Triton's interpreter truncates.
 """

@@ -12,9 +12,10 @@ import triton.language as tl
 from fastopt.triton.arithmetic import divide
 from fastopt.triton.convert import load, store
 
-# csrc/slot.h in 8-byte words: where members of Slot and Number are, and the size of each.
-PARAM, STATE, LAST_PLACE, NUMEL, LAYOUT, FIRST_CHUNK, GROUP, SLOT = map(
-    tl.constexpr, (0, 2, 5, 6, 7, 8, 9, 10)
+# csrc/slot.h in 8-byte words: where members of Slot and Number are, and the size of each. The upper
+# half of LAYOUT is first_chunk, that of GROUP is fresh, and that of ROWS first_index.
+PARAM, STATE, LAST_PLACE, NUMEL, LAYOUT, GROUP, ROWS, SLOT = map(
+    tl.constexpr, (0, 2, 6, 7, 8, 9, 10, 11)
 )
 VALUE, TENSOR, DTYPE, NUMBER = map(tl.constexpr, range(4))
 CHUNK = tl.constexpr(4096)  # kChunk
@@ -29,6 +30,12 @@ FOUND_INF, GRAD_SCALE, GROUPS = map(tl.constexpr, range(3))
 # What advance leaves for update: a row for each slot, in the type of its arithmetic. The rule's
 # scalars come first, these last.
 K_GRAD_SCALE, K_SKIP, ROW = map(tl.constexpr, (14, 15, 16))
+
+
+@triton.jit
+def lower(word):
+    """The signed number that a word's lower half is."""
+    return (word << 32) >> 32
 
 
 @triton.jit
@@ -112,7 +119,7 @@ def slot_of_chunk(slots, slot_count, chunk):
     high = slot_count
     while high - low > 1:
         middle = (low + high) // 2
-        if tl.load(slots + middle * SLOT + FIRST_CHUNK) <= chunk:
+        if (tl.load(slots + middle * SLOT + LAYOUT) >> 32) <= chunk:
             low = middle
         else:
             high = middle
@@ -208,8 +215,8 @@ def update(
     s0 = tl.load(slot + STATE)
     s1 = tl.load(slot + STATE + 1)
     s2 = tl.load(slot + STATE + 2)
-    layout = tl.load(slot + LAYOUT)
-    first = (chunk - tl.load(slot + FIRST_CHUNK)) * CHUNK
+    layout = lower(tl.load(slot + LAYOUT))
+    first = (chunk - (tl.load(slot + LAYOUT) >> 32)) * CHUNK
     end = tl.minimum(first + CHUNK, tl.load(slot + NUMEL))
     vector = (layout == DENSE) & (((p | g | s0 | s1 | s2) & 15) == 0)
     while vector & (first + BLOCK <= end):

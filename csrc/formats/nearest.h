@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "rules/arithmetic.h"
+#include "../rules/arithmetic.h"
 
 namespace fastopt {
 

@@ -1,0 +1,35 @@
+// Formats: how the numbers of one tensor are kept in memory. What is loaded from it is computed
+// with in float (double for kFloat64); what is stored is rounded once. Rules see none of it.
+#pragma once
+
+#include <cstdint>
+
+#include "block.h"
+#include "nearest.h"
+#include "random.h"
+#include "split.h"
+
+namespace fastopt {
+
+enum class Format : uint8_t {
+  kFloat32,
+  kFloat64,
+  kBFloat16,
+  kFloat16,
+  kBFloat16Stochastic,  // rounded stochastically
+  kSplit,  // the upper half of a float, which kRemainder, a tensor beside it, completes
+  kRemainder,
+  kBlockSigned,    // 8 bits a number and a scale a block
+  kBlockUnsigned,  // likewise, of what is never negative; rounded stochastically
+};
+
+// Whether rounding to it takes random bits.
+FASTOPT_RULE constexpr bool is_random(Format format) {
+  return format == Format::kBFloat16Stochastic || format == Format::kBlockUnsigned;
+}
+
+FASTOPT_RULE constexpr bool is_block(Format format) {
+  return format == Format::kBlockSigned || format == Format::kBlockUnsigned;
+}
+
+}  // namespace fastopt

@@ -1,0 +1,56 @@
+// Random bits for stochastic rounding: a hash of (step, role, index in the whole parameter). So
+// they are the same on every backend and any number of threads or ranks, and of a resumed run;
+// there is no generator whose state could be lost.
+#pragma once
+
+#include <cstdint>
+
+#include "nearest.h"
+
+namespace fastopt {
+
+// A permutation of 32-bit integers in which every bit of x changes every other with a probability
+// near 1/2 (C. Wellons, Prospecting for Hash Functions, 2018: lowbias32).
+FASTOPT_RULE uint32_t mix(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+// Of a step, be its number as large or odd as users' checkpoints make it.
+FASTOPT_RULE uint32_t seed_of(double step) {
+  const uint64_t bits = bit_cast<uint64_t>(step);
+  return mix(static_cast<uint32_t>(bits) ^ mix(static_cast<uint32_t>(bits >> 32)));
+}
+
+// Of a tensor in a step; its role is its place in the slot.
+FASTOPT_RULE uint32_t key_of(uint32_t seed, int place) {
+  return mix(seed + 0x9E3779B9u * static_cast<uint32_t>(place));
+}
+
+FASTOPT_RULE uint32_t random_bits(uint32_t key, uint32_t index) {
+  return mix(key ^ (index * 0x9E3779B9u));
+}
+
+// bfloat16 as kept where averages are: rounded up as often as the part that is dropped is large, so
+// that what is lost in one step is made up for in others. Nearest would keep an average that falls
+// by less than half a bfloat16 a step where it is.
+struct StochasticBFloat16 {
+  uint16_t bits;
+};
+
+FASTOPT_RULE float widen(StochasticBFloat16 x) { return widen(BFloat16{x.bits}); }
+
+// A number of another kind is rounded to nearest and needs no random bits.
+template <class To, class From>
+FASTOPT_RULE To narrow(From x, uint32_t) {
+  return narrow<To>(x);
+}
+template <>
+FASTOPT_RULE StochasticBFloat16 narrow<StochasticBFloat16>(float x, uint32_t random) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + (random >> 16)) >> 16;
+  return {static_cast<uint16_t>(x != x ? 0x7FC0u : rounded)};
+}
+
+}  // namespace fastopt

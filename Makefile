@@ -67,7 +67,7 @@ sanitize: install  ## run the numeric tests, CUDA's on the host, under AddressSa
 	FASTOPT_SANITIZE=ON FASTOPT_CUDA_ON_HOST=ON $(RUN) -m pip install -q --target build/sanitize --no-deps --upgrade .
 	cd build/sanitize && $(PATIENT) LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
 	  UBSAN_OPTIONS=print_stacktrace=1 ../../$(RUN) -m pytest -q -p no:cacheprovider \
-	  $(addprefix ../../tests/test_,layouts.py shared_memory.py errors.py parity.py cuda_source.py)
+	  $(addprefix ../../tests/test_,layouts.py shared_memory.py errors.py parity.py cuda_on_host.py cuda_source.py)
 
 wheel: install  ## build a wheel, isolated, into dist/
 	$(RUN) -m pip wheel -q --no-deps -w dist .

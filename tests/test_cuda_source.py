@@ -2,11 +2,12 @@
 
 FASTOPT_CUDA_ON_HOST builds the core with csrc/cuda/apply.cu compiled as C++ (tests/cuda_on_host),
 and backend="cuda" then steps CPU tensors: block by block, thread by thread, every vector checked
-for alignment and, under `make sanitize`, every access for its bounds. CPU tensors count as the
-device's there: the kernel itself reads a tensor lr, found_inf or grad_scale.
+for alignment and, under `make sanitize`, every access for its bounds. At a shuffle a thread waits
+for its warp, all of which must get there (test_cuda_on_host.py). CPU tensors count as the device's
+there: the kernel itself reads a tensor lr, found_inf or grad_scale.
 
 What this cannot show, being one thread after another, of another compiler:
-- races between threads, between streams, or between one step and the next;
+- races between threads, also of one warp, between streams, or between one step and the next;
 - what the device's compiler makes of the source, such as contraction (test_machine_code.py);
 - occupancy, memory traffic, speed;
 - pointers to the wrong memory, launches on the wrong stream or device, graphs, synchronisation.

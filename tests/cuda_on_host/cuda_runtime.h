@@ -1,14 +1,17 @@
-// As much of CUDA as csrc/cuda/apply.cu uses, on the host: compiled against this header the kernels
-// are plain functions, and a launch runs them block by block, thread by thread.
+// As much of CUDA as csrc/cuda/apply.cu may use, on the host: compiled against this header the
+// kernels are plain functions, and a launch runs them block by block, thread by thread. A thread
+// runs to its end, or to a shuffle, where it waits for the other lanes of its warp.
 //
-// It refuses what a device would: misaligned vectors, impossible grids, arguments that are too
-// large. What it cannot show is listed in tests/test_cuda_source.py.
+// It refuses what a device would: misaligned vectors and words, impossible grids, arguments that
+// are too large; and of shuffles all but those in which the whole warp takes part at one place.
+// What it cannot show is listed in tests/test_cuda_source.py.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <string_view>
 
 #define __global__
 #define __device__
@@ -22,7 +25,7 @@ struct dim3 {
 };
 extern thread_local dim3 threadIdx, blockIdx, gridDim;
 
-// Throws std::runtime_error unless the address suits a vector of so many bytes.
+// Throws std::runtime_error unless so many bytes can be accessed there at once.
 void check_aligned(const void* address, size_t bytes);
 
 // Words that a device reads or writes at once: every copy, to memory or from it, is checked.
@@ -44,14 +47,44 @@ using uint4 = VectorOnHost<4>;
 
 extern int64_t vectors_streamed;  // from memory, by the launch that runs
 
-template <class Vector>
-Vector __ldcs(const Vector* from) {
+template <int kWords>
+VectorOnHost<kWords> __ldcs(const VectorOnHost<kWords>* from) {
   ++vectors_streamed;
   return *from;
 }
-template <class Vector>
-void __stcs(Vector* to, const Vector& value) {
+template <int kWords>
+void __stcs(VectorOnHost<kWords>* to, const VectorOnHost<kWords>& value) {
   *to = value;
+}
+
+// A single word is no vector, and not counted.
+inline uint32_t __ldcs(const uint32_t* from) {
+  check_aligned(from, sizeof *from);
+  return *from;
+}
+inline void __stcs(uint32_t* to, uint32_t value) {
+  check_aligned(to, sizeof *to);
+  *to = value;
+}
+
+// A place where the lanes of a warp wait for each other.
+struct Meeting {
+  std::string_view file;
+  int line;
+  unsigned mask;
+  int lane_mask;
+};
+
+// Returns, once all lanes of the warp are there, what lane (own ^ lane_mask) brought.
+uint32_t meet(const Meeting& meeting, uint32_t value);
+
+inline uint32_t __shfl_xor_sync(unsigned mask, uint32_t value, int lane_mask,
+                                const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  return meet({file, line, mask, lane_mask}, value);
+}
+inline void __syncwarp(unsigned mask = 0xffffffff, const char* file = __builtin_FILE(),
+                       int line = __builtin_LINE()) {
+  meet({file, line, mask, 0}, 0);
 }
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };

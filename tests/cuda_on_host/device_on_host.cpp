@@ -1,19 +1,32 @@
-// A device that the host plays: CPU memory, a few multiprocessors, and a record of its launches.
+// A device that the host plays: CPU memory, a few multiprocessors, warps whose lanes can wait for
+// each other, and a record of its launches.
 #include <cuda_runtime.h>
+#include <ucontext.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
+#include <memory>
 #include <stdexcept>
+#include <tuple>
 #include <vector>
 
 #include "../../csrc/cuda/device.h"
+
+// AddressSanitizer must know which stack is in use.
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#else
+static void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
+static void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
+#endif
 
 thread_local dim3 threadIdx, blockIdx, gridDim;
 int64_t vectors_streamed;
 
 void check_aligned(const void* address, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
-    throw std::runtime_error("a vector of " + std::to_string(bytes) + " bytes is misaligned");
+    throw std::runtime_error("an access to " + std::to_string(bytes) + " bytes is misaligned");
   }
 }
 
@@ -22,6 +35,151 @@ const char* cudaGetErrorString(cudaError_t error) {
 }
 
 namespace {
+
+constexpr int kLanes = 32;
+constexpr size_t kStackBytes = 256 << 10;  // a kernel's arguments, passed on by value, are 32 KiB
+
+// A stack that can be left and come back to.
+struct Fiber {
+  ucontext_t context;
+  const void* stack = nullptr;
+  size_t bytes = 0;
+  void* fake_stack = nullptr;  // AddressSanitizer's own
+};
+
+void switch_fibers(Fiber& from, const Fiber& to) {
+  __sanitizer_start_switch_fiber(&from.fake_stack, to.stack, to.bytes);
+  swapcontext(&from.context, &to.context);
+  __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
+}
+
+// Runs one warp at a time. A fiber takes lane after lane until one waits, and stays with that one;
+// the next fiber takes the rest. So a warp in which no lane waits costs a single fiber.
+class Warp {
+ public:
+  // Of the block's threads those in [begin, end).
+  void run(const std::function<void()>& kernel, int begin, int end, bool backwards) {
+    kernel_ = &kernel;
+    begin_ = begin;
+    count_ = end - begin;
+    backwards_ = backwards;
+    started_ = 0;
+    error_ = nullptr;
+    for (used_ = 0; !error_ && started_ < count_;) resume(used_++);
+    const auto waits = [](const Lane& lane) { return lane.waits; };
+    while (std::any_of(lanes_, lanes_ + kLanes, waits)) {
+      if (!error_) exchange();
+      resume(0);
+    }
+    if (error_) std::rethrow_exception(error_);
+  }
+
+  // In a lane.
+  uint32_t meet(const Meeting& meeting, uint32_t value) {
+    if (meeting.mask != 0xffffffff || meeting.lane_mask < 0 || meeting.lane_mask >= kLanes) {
+      throw std::runtime_error("only shuffles of whole warps are known here: " + name(meeting));
+    }
+    const unsigned thread = threadIdx.x;
+    Lane& lane = lanes_[thread % kLanes];
+    lane = {true, meeting, value};
+    give_way();
+    lane.waits = false;
+    if (error_) throw Abandoned();
+    threadIdx.x = thread;
+    return lane.value;
+  }
+
+ private:
+  struct Lane {
+    bool waits;
+    Meeting meeting;
+    uint32_t value;  // that it brings, and then that it takes away
+  };
+
+  struct Abandoned {};  // unwinds the stack of a lane that waits in vain
+
+  static std::string name(const Meeting& m) {
+    return std::string(m.file) + ":" + std::to_string(m.line) + " (lane mask " +
+           std::to_string(m.lane_mask) + ")";
+  }
+
+  std::string whereabouts(int lane) const {
+    const Lane& l = lanes_[lane];
+    return "lane " + std::to_string(lane) +
+           (l.waits ? " waits at " + name(l.meeting) : " has returned or never was");
+  }
+
+  // What the lanes brought, if all of them wait at one place.
+  void exchange() {
+    const auto place = [](const Lane& lane) {
+      const Meeting& m = lane.meeting;
+      return std::tie(lane.waits, m.file, m.line, m.lane_mask);
+    };
+    uint32_t values[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      if (place(lanes_[i]) != place(lanes_[0])) {
+        error_ = std::make_exception_ptr(std::runtime_error(
+            "block " + std::to_string(blockIdx.x) + ", warp " + std::to_string(begin_ / kLanes) +
+            ": " + whereabouts(0) + ", " + whereabouts(i)));
+        return;
+      }
+      values[i] = lanes_[i].value;
+    }
+    for (int i = 0; i < kLanes; ++i) lanes_[i].value = values[i ^ lanes_[i].meeting.lane_mask];
+  }
+
+  void resume(int fiber) {
+    Fiber& to = fibers_[running_ = fiber];
+    if (!stacks_[fiber]) {
+      stacks_[fiber].reset(new char[kStackBytes]);
+      to.stack = stacks_[fiber].get();
+      to.bytes = kStackBytes;
+      getcontext(&to.context);
+      to.context.uc_stack.ss_sp = stacks_[fiber].get();
+      to.context.uc_stack.ss_size = kStackBytes;
+      makecontext(&to.context, run_lanes, 0);
+      // Else AddressSanitizer would forget at each switch what it knows of the stack.
+      to.context.uc_stack = {};
+    }
+    switch_fibers(host_, to);
+  }
+
+  // To the next lane that waits, if there is one.
+  void give_way() {
+    Fiber& from = fibers_[running_];
+    switch_fibers(from, ++running_ < used_ ? fibers_[running_] : host_);
+  }
+
+  static void run_lanes();
+
+  const std::function<void()>* kernel_;
+  int begin_, count_, started_;
+  int used_, running_;  // fibers
+  bool backwards_;
+  std::exception_ptr error_;
+  Lane lanes_[kLanes] = {};
+  Fiber host_, fibers_[kLanes];
+  std::unique_ptr<char[]> stacks_[kLanes];
+};
+thread_local Warp warp;
+
+// A fiber's life: it never returns, and serves warp after warp.
+void Warp::run_lanes() {
+  __sanitizer_finish_switch_fiber(nullptr, &warp.host_.stack, &warp.host_.bytes);
+  for (;;) {
+    try {
+      while (!warp.error_ && warp.started_ < warp.count_) {
+        const int i = warp.started_++;
+        threadIdx.x = warp.begin_ + (warp.backwards_ ? warp.count_ - 1 - i : i);
+        (*warp.kernel_)();
+      }
+    } catch (const Abandoned&) {
+    } catch (...) {
+      warp.error_ = std::current_exception();
+    }
+    warp.give_way();
+  }
+}
 
 struct Launch {
   int64_t blocks, threads, vectors_streamed;
@@ -39,6 +197,8 @@ extern "C" __attribute__((visibility("default"))) int64_t past_launches(Launch* 
   return count;
 }
 
+uint32_t meet(const Meeting& meeting, uint32_t value) { return warp.meet(meeting, value); }
+
 // Nothing says in which order threads run: here forwards in two launches, backwards in the next
 // two, so that both kernels of a step meet both.
 cudaError_t run_on_host(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) {
@@ -50,12 +210,13 @@ cudaError_t run_on_host(const cudaLaunchConfig_t& config, const std::function<vo
   const bool backwards = ++launches_ever / 2 % 2 == 1;
   gridDim = config.gridDim;
   vectors_streamed = 0;
-  const int64_t count = launch.blocks * launch.threads;
+  const int64_t warps = (launch.threads + kLanes - 1) / kLanes;  // of a block
+  const int64_t count = launch.blocks * warps;
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t thread = backwards ? count - 1 - i : i;
-    blockIdx.x = static_cast<unsigned>(thread / launch.threads);
-    threadIdx.x = static_cast<unsigned>(thread % launch.threads);
-    kernel();
+    const int64_t at = backwards ? count - 1 - i : i;
+    blockIdx.x = static_cast<unsigned>(at / warps);
+    const int64_t begin = at % warps * kLanes;
+    warp.run(kernel, begin, std::min(begin + kLanes, launch.threads), backwards);
   }
   launch.vectors_streamed = vectors_streamed;
   launches.push_back(launch);

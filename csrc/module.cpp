@@ -688,8 +688,8 @@ class Step {
     }
     if (torch_.is_lazy(memory)) throw NotOurs{"a parameter is a conjugate or negative view"};
     devices_.meet(out->device, member.param);
-    if (!keeping_.as_torch() && devices_.backend_of(out->device) != Backend::kCpu) {
-      throw NotOurs{"only the cpu backend keeps states and weights in formats of ours so far"};
+    if (!keeping_.as_torch() && devices_.backend_of(out->device) == Backend::kCuda) {
+      throw NotOurs{"the cuda backend keeps no states and weights in formats of ours so far"};
     }
   }
 

@@ -165,7 +165,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
         return False
     if a.is_complex():
         a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     bits_differ = a.contiguous().view(integer) != b.contiguous().view(integer)
     return not (bits_differ & ~(a.isnan() & b.isnan())).any()
 

@@ -11,7 +11,19 @@ import torch
 from torch.optim import Optimizer
 
 import fastopt
-from cases import BFLOAT16, CASES, CHUNK, FLOAT16, FLOAT32, FLOAT64
+from cases import (
+    BFLOAT16,
+    CASES,
+    CHUNK,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    channels_last,
+    contiguous,
+    every_second,
+    transposed,
+    unaligned,
+)
 from helpers import (
     assert_equal,
     assert_same_bits,
@@ -152,3 +164,131 @@ def test_run_continued_on_another_backend_continues_bit_identically(backend, nam
     back = make(fastopt, name, parameters(continued), backend=backend)
     back.load_state_dict(continued.state_dict())
     assert_steps_alike(back, stayed)
+
+
+# Formats.
+
+# What is kept as ours: states=, weights=, and the parameters' dtype.
+every_format = pytest.mark.parametrize(
+    ("kept", "dtype"),
+    [
+        ({"states": "bfloat16"}, torch.float32),
+        ({"states": "8bit"}, torch.float32),
+        ({"weights": "split"}, torch.bfloat16),
+        ({"states": "bfloat16", "weights": "split"}, torch.bfloat16),
+        ({"states": "8bit", "weights": "stochastic"}, torch.bfloat16),
+    ],
+    ids=str,
+)
+
+
+@every_format
+@every_rule
+def test_formats_have_the_cpus_bits(backend, name, kept, dtype):
+    assert_steps_alike(*twins(backend, name, [torch.randn(2, 130).to(dtype)], **kept))
+
+
+# Shapes, and how a parameter and its gradient lie in memory.
+LAID_OUT = [
+    *(
+        (shape, contiguous, contiguous)
+        # The last of them are chunks that begin in the middle of a row, and many tiles.
+        for shape in [(7,), (4, 0), (4, 1), (2, 3, 3, 3), (3, 128), (90, 20), (20, 300), (1500, 3)]
+    ),
+    *((shape, transposed, transposed) for shape in [(6, 5), (130, 3)]),
+    ((6, 130), contiguous, transposed),
+    ((3, 4, 5, 5), channels_last, channels_last),
+    ((4, 16), unaligned, unaligned),
+    ((4, 24), every_second, contiguous),
+]
+
+
+@every_format
+def test_formats_have_the_cpus_bits_in_any_layout(backend, kept, dtype):
+    values = [place(torch.randn(shape).to(dtype)) for shape, place, _ in LAID_OUT]
+    optimizers = twins(backend, "AdamW", values, **kept)
+    for _ in range(2):
+        set_gradients(*optimizers)
+        for optimizer in optimizers:
+            for param, (_, _, place) in zip(parameters(optimizer), LAID_OUT, strict=True):
+                param.grad = place(param.grad)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_same_bits(*optimizers)
+
+
+@every_format
+@pytest.mark.parametrize("name", ["Adam", "SGD"])  # of one count and none
+def test_formats_with_found_inf_and_grad_scale(backend, name, kept, dtype):
+    values = [torch.randn(shape).to(dtype) for shape in [(5,), (2, 130)]]
+    optimizers = twins(backend, name, values, **kept)
+    for found_inf in (0.0, 1.0, 0.0):
+        set_gradients(*optimizers)
+        for optimizer in optimizers:
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(3.0), torch.tensor(found_inf)
+            optimizer.step()
+    assert_same_bits(*optimizers)
+    assert_equal(*([param.grad for param in parameters(optimizer)] for optimizer in optimizers))
+
+
+@every_format
+def test_formats_of_any_gradient(backend, kept, dtype):
+    """Rows of zeros, of the least and greatest numbers, and with one that is no number."""
+    rows = [
+        [0.0, -0.0],
+        [1e-45, -3e-39],
+        [3e38, -1e38],
+        [1e-30, 1e30],
+        [torch.inf, 1.0],
+        [torch.nan, 2.0],
+    ]
+    grads = torch.tensor(rows).repeat(1, 70).to(dtype)
+    optimizers = twins(backend, "Adam", [torch.ones(grads.shape, dtype=dtype)], **kept)
+    for grad in (grads, grads.flip(1), grads.flip(0)):
+        for optimizer in optimizers:
+            (param,) = parameters(optimizer)
+            param.grad = grad.clone()
+            optimizer.step()
+        assert_same_bits(*optimizers)
+
+
+def test_split_parameter_overwritten_since(backend):
+    optimizers = twins(backend, "AdamW", [torch.randn(64).bfloat16()], weights="split")
+    assert_steps_alike(*optimizers)
+    for optimizer in optimizers:
+        (param,) = parameters(optimizer)
+        param.data = torch.tensor([0.0, -0.0, torch.inf, -torch.inf]).bfloat16().repeat(16)
+    assert_steps_alike(*optimizers)
+
+
+@pytest.mark.parametrize("states", ["bfloat16", "8bit"])
+def test_momentum_goes_on_where_steps_are_counted_only_from_now_on(backend, states):
+    before = twins(backend, "SGD", [torch.randn(3, 20)])
+    assert_steps_alike(*before)
+    after = twins(backend, "SGD", [parameters(before[0])[0].detach()], states=states)
+    for old, new in zip(before, after, strict=True):
+        new.load_state_dict(old.state_dict())
+    assert_steps_alike(*after)
+
+
+@pytest.mark.parametrize("states", ["bfloat16", "8bit"])
+def test_random_bits_are_those_of_the_whole_parameters_elements(backend, states, monkeypatch):
+    places = {(7,): (5, (1,)), (3, 20): (40, (20, 1)), (4, 5, 3): (2**32 - 30, (90, 6, 1))}
+    asked = set()
+
+    def place_in_whole(param):
+        asked.add(tuple(param.shape))
+        return places[tuple(param.shape)]
+
+    monkeypatch.setattr(fastopt.tensors, "place_in_whole", place_in_whole)
+    values = [torch.randn(shape) for shape in places]
+    optimizers = [
+        fastopt.AdamW(
+            [torch.nn.Parameter(value.clone().as_subclass(Subclass)) for value in values],
+            states=states,
+            backend=which,
+        )
+        for which in (backend, "cpu")
+    ]
+    assert_steps_alike(*optimizers)
+    assert asked == set(places)

@@ -18,13 +18,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import fastopt.triton
-from fastopt.triton import Table, apply, kernels
-from fastopt.triton.convert import STORAGE
+from fastopt.triton import Table, apply, formats, kernels
 
 ROOT = Path(__file__).parents[1]
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = "float32", "float64", "bfloat16", "float16"
+STOCHASTIC, SPLIT, REMAINDER = "bfloat16 stochastic", "split", "remainder"
+SIGNED, UNSIGNED = "block signed", "block unsigned"
 
 
 # Usable or not.
@@ -114,7 +115,8 @@ def struct(text, name):
 
 def kept_by(text):
     """The names of a rule's counts and of its states."""
-    keys = re.findall(r'{"(\w+)"', re.search(r"kStates\[\] = {(.*?)};", text, re.S)[1])
+    states = re.search(r"kStates\[\] = {(.*?)};", text, re.S)[1]
+    keys = re.findall(r'(?:{|nonnegative\()"(\w+)"', states)
     counts = int(re.search(r"kCounts = (\d)", text)[1])
     return keys[:counts], keys[counts:]
 
@@ -139,20 +141,27 @@ def test_mirror_has_the_rules_options_states_and_scalars(rule):
     given = parameters_of(mirror.update)[3 : 3 + kernels.MOST_STATES.value]
     assert sum("unused" not in name for name in given) == len(states)
     assert [getattr(mirror, name.upper()).value for name in scalars] == list(range(len(scalars)))
-    assert len(scalars) <= kernels.K_GRAD_SCALE.value
+    assert len(scalars) <= kernels.K_SEED.value
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"),
+    ("ours", "theirs", "file"),
     [
-        (kernels.CHUNK, "kChunk"),
-        (kernels.OPTIONS, "kMaxOptions"),
-        (kernels.MOST_STATES, "kMaxStates"),
+        (kernels.CHUNK, "kChunk", "slot.h"),
+        (kernels.OPTIONS, "kMaxOptions", "slot.h"),
+        (kernels.MOST_STATES, "kMaxStates", "slot.h"),
+        (formats.BLOCK, "kBlock", "formats/block.h"),
     ],
 )
-def test_constants_are_the_cores(ours, theirs):
-    text = (ROOT / "csrc" / "slot.h").read_text()
+def test_constants_are_the_cores(ours, theirs, file):
+    text = (ROOT / "csrc" / file).read_text()
     assert ours.value == int(re.search(rf"{theirs} = (\d+);", text)[1])
+
+
+def test_every_format_has_its_mirror():
+    text = (ROOT / "csrc" / "table.cpp").read_text()
+    named = re.findall(r'case Format::\w+: return "(.+)";', text)
+    assert named == list(formats.STORAGE)
 
 
 # The same bits.
@@ -253,13 +262,13 @@ def test_a_graph_pins_no_memory_of_its_own(stream, monkeypatch):
 
 
 @cache
-def compiled(kernel, rule, dtypes):
-    """With the arguments and options of a launch."""
+def compiled(kernel, rule, kept):
+    """With the arguments and options of a launch, on tensors that are kept in these formats."""
     function = getattr(kernels, kernel)
-    counts = (FLOAT32,) * len(kept_by(headers()[rule])[0])
-    constants = getattr(apply.constants(rule, dtypes, counts, "cuda"), kernel)
+    counted = max(len(kept_by(headers()[rule])[0]), formats.any_random(kept))
+    constants = getattr(apply.constants(rule, kept, (FLOAT32,) * counted, "cuda"), kernel)
     arguments = function.arg_names[: -len(constants)]
-    scalars = "*fp64" if dtypes[0] == FLOAT64 else "*fp32"
+    scalars = "*fp64" if kept[0] == FLOAT64 else "*fp32"
     types = dict.fromkeys(arguments, "*i64") | {"scalars": scalars, "slot_count": "i32"}
     constexprs = dict(zip(function.arg_names[-len(constants) :], constants, strict=True))
     aligned = {
@@ -268,7 +277,7 @@ def compiled(kernel, rule, dtypes):
     source = ASTSource(
         function, types | dict.fromkeys(constexprs, "constexpr"), constexprs, aligned
     )
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=apply.OPTIONS).asm
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=apply.OPTIONS)
 
 
 def instructions(ptx):
@@ -276,7 +285,7 @@ def instructions(ptx):
 
 
 UPDATES = {
-    (rule, dtypes): counts
+    (rule, kept): counts
     for rule, states, counts in [
         ("adadelta", 2, {"fma": 4, "div": 2, "sqrt": 2}),  # one div unscales the gradient
         ("adagrad", 1, {"fma": 2, "div": 2, "sqrt": 1}),
@@ -294,58 +303,85 @@ UPDATES = {
         ("sgd", 0, {"fma": 2, "div": 1, "sqrt": 0}),
         ("sgd", 1, {"fma": 4, "div": 1, "sqrt": 0}),
     ]
-    for dtypes in [
-        *((dtype,) * (2 + states) for dtype in STORAGE),
+    for kept in [
+        *((dtype,) * (2 + states) for dtype in (FLOAT32, FLOAT64, BFLOAT16, FLOAT16)),
         (BFLOAT16, *(FLOAT32,) * (1 + states)),
         (BFLOAT16, BFLOAT16, *(FLOAT32,) * states),
+        (FLOAT32, FLOAT32, *(STOCHASTIC,) * states),
+        (SPLIT, BFLOAT16, *(FLOAT32,) * states, REMAINDER),
+        (SPLIT, BFLOAT16, *(STOCHASTIC,) * states, REMAINDER),
+        *(
+            (*of_param, SIGNED, *(UNSIGNED,) * (states - 1), *rest)
+            for of_param, rest in [
+                ((FLOAT32, FLOAT32), ()),
+                ((SPLIT, BFLOAT16), (REMAINDER,)),
+                ((STOCHASTIC, BFLOAT16), ()),
+            ]
+            if states > 0
+        ),
     ]
-    # Each takes a compilation: how other dtypes are accessed does not depend on the rule.
-    if rule in ("adam", "sgd") or dtypes in ((FLOAT32,) * (2 + states), (FLOAT64,) * (2 + states))
+    # Each takes a compilation: how other formats are accessed does not depend on the rule.
+    if rule in ("adam", "sgd") or kept in ((FLOAT32,) * (2 + states), (FLOAT64,) * (2 + states))
 }
 
-of_updates = pytest.mark.parametrize(("rule", "dtypes"), UPDATES, ids=str)
+of_updates = pytest.mark.parametrize(("rule", "kept"), UPDATES, ids=str)
+
+
+def elements_of(kept):
+    """How many elements of a tensor a thread has in the compiled loops over tiles and over lanes.
+    Of blocks there are both for short rows, too."""
+    loops = 2 if formats.in_blocks(kept) else 1
+    threads = 32 * apply.OPTIONS["num_warps"]
+    return loops * apply.TILE // threads, loops * apply.LANES // threads
 
 
 @of_updates
-def test_update_rounds_where_its_rule_does(rule, dtypes):
+def test_update_rounds_where_its_rule_does(rule, kept):
     """Every multiplication, addition, division and root by itself, but for the rule's own fma."""
-    ptx = compiled("update", rule, dtypes)["ptx"]
+    ptx = compiled("update", rule, kept).asm["ptx"]
     assert not re.search(r"approx|full|ftz|\b(mul|add|sub)\.f", ptx)
-    kind = "f64" if dtypes[0] == FLOAT64 else "f32"
+    kind = "f64" if kept[0] == FLOAT64 else "f32"
     found = instructions(ptx)
-    elements = (apply.BLOCK + apply.LANES) // (32 * apply.OPTIONS["num_warps"])
-    for name, count in UPDATES[rule, dtypes].items():
+    elements = sum(elements_of(kept))
+    for name, count in UPDATES[rule, kept].items():
         total = found.pop(f"{name}.rn.{kind}", 0)
         # Short tails of loops are compiled twice; one operation more an element would be too many.
         assert total == 0 if count == 0 else 0 <= total - count * elements < elements
         assert not [key for key in found if re.match(rf"{name}\..*f\d", key)]
-    assert ("f64" in ptx) == (kind == "f64")
+    assert (".f64" in ptx) == (kind == "f64")
 
 
 @of_updates
-def test_update_moves_aligned_tensors_128_bits_at_a_time(rule, dtypes):
+def test_update_moves_aligned_tensors_128_bits_at_a_time(rule, kept):
     """The widest, and the others as many elements at a time; none of it through shared memory."""
-    assembly = compiled("update", rule, dtypes)
-    bits = {FLOAT64: 64, FLOAT32: 32, BFLOAT16: 16, FLOAT16: 16}
-    vector = 128 // max(bits[dtype] for dtype in dtypes)
-    elements = apply.BLOCK // (32 * apply.OPTIONS["num_warps"])
-    loads = Counter()
-    for dtype in dtypes:
-        loads[bits[dtype] * vector] += elements // vector
-    stores = loads  # the gradient, too, where it is unscaled
-    found = instructions(assembly["ptx"])
-    for direction, expected in ("ld", loads), ("st", stores):
+    kernel = compiled("update", rule, kept)
+    bits = {format: formats.STORAGE[format].primitive_bitwidth for format in kept}
+    vector = 128 // max(bits.values())
+    in_tiles, in_lanes = elements_of(kept)
+    expected = Counter()
+    for format in kept:
+        expected[bits[format] * vector] += in_tiles // vector
+    expected.pop(32, None)  # of 8-bit codes, by a word
+    found = instructions(kernel.asm["ptx"])
+    for direction in ("ld", "st"):  # the gradient is stored, too, where it is unscaled
         moved = Counter()
         for name, count in found.items():
             if match := re.fullmatch(rf"{direction}\.global\.v(\d)\.b(\d+)", name):
                 moved[int(match[1]) * int(match[2])] += count
         assert moved == expected
-    assert "shared" not in assembly["ptx"]
+    # Bytes by themselves are codes of lanes and scales. These do go through shared memory, and so
+    # does the largest number of a block that several warps share.
+    blocks = sum(map(formats.is_block, kept))
+    assert found["st.global.b8"] == blocks * (in_lanes + 4)
+    assert found["ld.global.b8"] <= blocks * (in_lanes + 6)  # in tiles a thread has up to two
+    assert kernel.metadata.shared <= apply.TILE // kernels.NARROW.value
+    assert ("shared" in kernel.asm["ptx"]) == formats.in_blocks(kept)
 
 
 @pytest.mark.parametrize("rule", apply.RULES)
-def test_advance_fuses_in_powers_only(rule):
-    ptx = compiled("advance", rule, (FLOAT32,) * 4)["ptx"]
+@pytest.mark.parametrize("state", [FLOAT32, STOCHASTIC])
+def test_advance_fuses_in_powers_only(rule, state):
+    ptx = compiled("advance", rule, (FLOAT32, FLOAT32, state)).asm["ptx"]
     assert not re.search(r"approx|full|ftz|\b(mul|add|sub)\.f|fma\.(?!rn\.f64)", ptx)
     source = inspect.getsource(apply.RULES[rule].advance.fn)
     # One in the logarithm, which the compiler takes of a constant base, and one after it.
@@ -353,14 +389,19 @@ def test_advance_fuses_in_powers_only(rule):
     assert instructions(ptx)["fma.rn.f64"] == 2 * powers - of_constant
 
 
-def test_update_leaves_room_for_the_programs_its_block_is_chosen_for(tmp_path):
-    """apply.py counts on 5 of them sharing a multiprocessor's 65,536 registers."""
-    cubin = tmp_path / "update.cubin"
-    cubin.write_bytes(compiled("update", "adam", (FLOAT32,) * 4)["cubin"])
+def usage(kernel, folder):
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
     tools = Path(inspect.getfile(triton)).parent / "backends" / "nvidia" / "bin"
-    usage = subprocess.check_output(
-        [tools / "cuobjdump", "--dump-resource-usage", cubin], text=True
-    )
-    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
-    assert stack == 0
-    assert 65_536 // (registers * 32 * apply.OPTIONS["num_warps"]) >= 5
+    text = subprocess.check_output([tools / "cuobjdump", "--dump-resource-usage", cubin], text=True)
+    return {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", text)}
+
+
+@of_updates
+def test_update_leaves_room_for_the_programs_its_tile_is_chosen_for(rule, kept, tmp_path):
+    """apply.py counts on so many of them sharing a multiprocessor's 65,536 registers; none spills
+    any."""
+    used = usage(compiled("update", rule, kept), tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0
+    programs = 65_536 // (used["REG"] * 32 * apply.OPTIONS["num_warps"])
+    assert programs >= (5 if set(kept) == {FLOAT32} else 3 if FLOAT64 in kept else 4)

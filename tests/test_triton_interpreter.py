@@ -23,11 +23,18 @@ from same_bits import (  # noqa: F401 - the tests among them
     assert_steps_alike,
     set_gradients,
     test_any_count,
+    test_formats_have_the_cpus_bits,
+    test_formats_have_the_cpus_bits_in_any_layout,
+    test_formats_of_any_gradient,
+    test_formats_with_found_inf_and_grad_scale,
     test_found_inf_and_grad_scale_as_tensors,
+    test_momentum_goes_on_where_steps_are_counted_only_from_now_on,
     test_option_of_a_tensor_subclass,
     test_parameters_that_share_memory_are_stepped_in_turn,
+    test_random_bits_are_those_of_the_whole_parameters_elements,
     test_run_continued_on_another_backend_continues_bit_identically,
     test_same_bits_as_the_cpu_backend,
+    test_split_parameter_overwritten_since,
     test_step_counted_in_float64,
     test_tensor_options_of_every_dtype,
     twins,
@@ -109,6 +116,17 @@ def test_groups_have_their_own_options():
     assert_steps_alike(*twins("triton", "AdamW", groups), steps=1)
 
 
+def test_tiles_as_small_as_a_devices_have_the_same_bits(monkeypatch):
+    from fastopt.triton import apply
+
+    constants = apply.constants
+    monkeypatch.setattr(apply, "constants", lambda *table: constants(*table[:-1], "cuda"))
+    shapes = [(1030,), (40, 3), (11, 16), (11, 8), (5, 300), (3, 1200), (9, 18)]
+    for states in (None, "bfloat16", "8bit"):
+        values = [torch.randn(shape) for shape in shapes]
+        assert_steps_alike(*twins("triton", "AdamW", values, states=states))
+
+
 # What is sent.
 
 
@@ -124,7 +142,7 @@ def test_only_what_changed_is_sent_again(monkeypatch):
 
     monkeypatch.setattr(apply, "stage", spy)
     optimizer, _ = twins("triton", "AdamW", [torch.randn(5) for _ in range(3)])
-    slots, grads, numbers = 3 * 80, 3 * 8, (2 + 8) * 24
+    slots, grads, numbers = 3 * 88, 3 * 8, (2 + 8) * 24
 
     def sent_in_a_step():
         sent.clear()

@@ -22,8 +22,9 @@ class Table(NamedTuple):
     Args:
         place: among the tables of the step.
         device: where all of its tensors are.
-        dtypes: of param, grad and the states in use.
-        count_dtypes: of the rule's counts.
+        formats: csrc's names of those of param, grad, the states in use and, if the param is split,
+            what completes it.
+        count_formats: of the slots' counts.
         slots: struct Slot each, without the gradients' addresses.
         grads: the address of each slot's gradient.
         numbers: struct Number each: found_inf (0: none), grad_scale (1: none), then every group's.
@@ -33,8 +34,8 @@ class Table(NamedTuple):
 
     place: int
     device: torch.device
-    dtypes: tuple[str, ...]
-    count_dtypes: tuple[str, ...]
+    formats: tuple[str, ...]
+    count_formats: tuple[str, ...]
     slots: bytes
     grads: bytes
     numbers: bytes

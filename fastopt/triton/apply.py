@@ -8,8 +8,10 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
+from fastopt import _C
 from fastopt.triton import (
     Table,
     adadelta,
@@ -25,7 +27,7 @@ from fastopt.triton import (
     rprop,
     sgd,
 )
-from fastopt.triton.convert import STORAGE
+from fastopt.triton.formats import STORAGE, any_random
 
 # As csrc/rules/rules.h: one line here registers a rule's mirror.
 RULES = {
@@ -48,12 +50,13 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 # Slots of a program of advance, one a thread.
 SLOTS = 128
 
-# Elements that a program of update takes at a time. A block is 8 a thread: one 128-bit access to a
-# 16-bit tensor, two to float32, four to float64. float32 Adam then needs 87 registers on sm_90, and
-# the 5 programs that share a multiprocessor have 80 KiB of loads in flight, several times what
-# hides the latency of its memory. Lanes, where each access is single anyway, are one a thread:
-# more of them would need more registers than the blocks do.
-BLOCK, LANES = 1024, 128
+# Elements that a program of update takes at a time. A tile is 8 a thread: one 128-bit access to a
+# 16-bit tensor, two to float32, four to float64. float32 Adam then needs 72 registers on sm_90. Of
+# any rule at least 5 programs share a multiprocessor in float32 and 4 in all other formats but
+# float64: Adam has 32 KiB of loads in flight and more, which hides the latency of its memory.
+# Lanes, where each access is single anyway, are one a thread: more of them would need more
+# registers than the tiles do.
+TILE, LANES = 1024, 128
 
 _ROW_BYTES = 8 * kernels.SLOT.value
 
@@ -61,12 +64,12 @@ _ROW_BYTES = 8 * kernels.SLOT.value
 def apply(cache: dict[Any, Any], rule: str, table: Table) -> None:
     """See fastopt.triton.launch."""
     slot_count = len(table.slots) // _ROW_BYTES
-    advance, update = constants(rule, table.dtypes, table.count_dtypes, table.device.type)
+    advance, update = constants(rule, table.formats, table.count_formats, table.device.type)
     with _surroundings(table.device):
         slots, grads, numbers, layouts = on_device(cache, table)
         scalars = torch.empty(
             (slot_count, kernels.ROW.value),
-            dtype=torch.float64 if table.dtypes[0] == "float64" else torch.float32,
+            dtype=torch.float64 if table.formats[0] == "float64" else torch.float32,
             device=table.device,
         )
         kernels.advance[(-(-slot_count // SLOTS),)](
@@ -85,23 +88,22 @@ class Constants(NamedTuple):
 
 @functools.cache
 def constants(
-    rule: str, dtypes: tuple[str, ...], count_dtypes: tuple[str, ...], device: str
+    rule: str, formats: tuple[str, ...], count_formats: tuple[str, ...], device: str
 ) -> Constants:
     """The kernels' constexpr arguments."""
     mirror = RULES[rule]
-    storage = [STORAGE[dtype] for dtype in dtypes]
-    unused = [storage[0]] * (2 + kernels.MOST_STATES.value - len(storage))
-    counts = [STORAGE[dtype] for dtype in count_dtypes]
-    no_counts = [storage[0]] * (kernels.MOST_COUNTS.value - len(counts))
-    # As many elements at a time as 128 bits of the widest dtype hold. Were each dtype accessed by
+    counts = [STORAGE[format] for format in count_formats]
+    no_counts = [tl.float32] * (kernels.MOST_COUNTS.value - len(counts))
+    # As many elements at a time as 128 bits of the widest format hold. Were each format accessed by
     # 128 bits, the compiler would pass some through shared memory, to compute with all alike.
-    vector = 128 // max(dtype.primitive_bitwidth for dtype in storage)
+    vector = 128 // max(STORAGE[format].primitive_bitwidth for format in formats)
     # To the interpreter an operation costs the same on any number of elements.
     whole = kernels.CHUNK.value
-    block, lanes = (whole, whole) if device == "cpu" else (BLOCK, LANES)
+    tile, lanes = (whole, whole) if device == "cpu" else (TILE, LANES)
+    own = len(_C.counts[rule])
     return Constants(
-        (mirror.advance, len(counts), *counts, *no_counts, SLOTS),
-        (mirror.update, len(dtypes) - 2, *storage, *unused, block, lanes, vector),
+        (mirror.advance, own, any_random(formats), len(counts), *counts, *no_counts, SLOTS),
+        (mirror.update, formats, tile, lanes, vector),
     )
 
 

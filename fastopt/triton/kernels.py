@@ -10,7 +10,23 @@ import triton
 import triton.language as tl
 
 from fastopt.triton.arithmetic import divide
-from fastopt.triton.convert import load, store
+from fastopt.triton.formats import (
+    BLOCK,
+    any_random,
+    format_at,
+    in_blocks,
+    is_random,
+    join,
+    key_of,
+    load,
+    pointer,
+    random_bits,
+    scales,
+    seed_of,
+    states,
+    storage,
+    store,
+)
 
 # csrc/slot.h in 8-byte words: where members of Slot and Number are, and the size of each. The upper
 # half of LAYOUT is first_chunk, that of GROUP is fresh, and that of ROWS first_index.
@@ -24,12 +40,15 @@ OPTIONS = tl.constexpr(8)  # kMaxOptions
 MOST_STATES = tl.constexpr(3)  # kMaxStates
 MOST_COUNTS = tl.constexpr(3)
 
+# Rows up to so short would fill little of a tile as wide as a block: they have their own.
+NARROW = tl.constexpr(16)
+
 # Table.numbers: these two, then each group's options.
 FOUND_INF, GRAD_SCALE, GROUPS = map(tl.constexpr, range(3))
 
 # What advance leaves for update: a row for each slot, in the type of its arithmetic. The rule's
-# scalars come first, these last.
-K_GRAD_SCALE, K_SKIP, ROW = map(tl.constexpr, (14, 15, 16))
+# scalars come first, these last: the seed of the step's random bits is an integer.
+K_SEED, K_GRAD_SCALE, K_SKIP, ROW = map(tl.constexpr, (13, 14, 15, 16))
 
 
 @triton.jit
@@ -45,10 +64,10 @@ def number(numbers, i):
     tensor = tl.load(at + TENSOR)
     dtype = tl.where(tensor == 0, -1, tl.load(at + DTYPE) & 0xFF)
     value = tl.load(at + VALUE).to(tl.float64, bitcast=True)
-    float32 = load(tensor.to(tl.pointer_type(tl.float32)), dtype == 0).to(tl.float64)
-    float64 = load(tensor.to(tl.pointer_type(tl.float64)), dtype == 1)
-    bfloat16 = load(tensor.to(tl.pointer_type(tl.uint16)), dtype == 2).to(tl.float64)
-    float16 = load(tensor.to(tl.pointer_type(tl.float16)), dtype == 3).to(tl.float64)
+    float32 = load("float32", pointer(tensor, "float32"), dtype == 0).to(tl.float64)
+    float64 = load("float64", pointer(tensor, "float64"), dtype == 1)
+    bfloat16 = load("bfloat16", pointer(tensor, "bfloat16"), dtype == 2).to(tl.float64)
+    float16 = load("float16", pointer(tensor, "float16"), dtype == 3).to(tl.float64)
     value = tl.where(dtype == 0, float32, value)
     value = tl.where(dtype == 1, float64, value)
     value = tl.where(dtype == 2, bfloat16, value)
@@ -61,6 +80,11 @@ def count_at(slot, PLACE: tl.constexpr, DTYPE: tl.constexpr):
     return tl.load(slot + LAST_PLACE - PLACE).to(tl.pointer_type(DTYPE))
 
 
+@triton.jit
+def seed_at(k):
+    return (k + K_SEED).to(tl.pointer_type(tl.uint32))
+
+
 @triton.jit(do_not_specialize=["slot_count"])
 def advance(
     slots,
@@ -68,6 +92,8 @@ def advance(
     scalars,
     slot_count,
     RULE: tl.constexpr,
+    RULES_COUNTS: tl.constexpr,
+    RANDOM: tl.constexpr,
     COUNTS: tl.constexpr,
     C0: tl.constexpr,
     C1: tl.constexpr,
@@ -88,7 +114,9 @@ def advance(
         t = tl.load(step) + 1
         tl.store(step, t, mask)
         t = t.to(tl.float64)
-    else:
+        if RANDOM:
+            tl.store(seed_at(k), seed_of(t), mask)
+    if RULES_COUNTS == 0:
         t = tl.where(((group >> 32) & 0xFF) != 0, 1.0, 2.0).to(tl.float64)
     options = GROUPS + (group & 0xFFFFFFFF) * OPTIONS
     o0 = number(numbers, options)
@@ -99,7 +127,7 @@ def advance(
     o5 = number(numbers, options + 5)
     o6 = number(numbers, options + 6)
     o7 = number(numbers, options + 7)
-    if COUNTS > 1:
+    if RULES_COUNTS > 1:
         c1_at = count_at(slot, 1, C1)
         c2_at = count_at(slot, 2 if COUNTS > 2 else 1, C2 if COUNTS > 2 else C1)
         c1 = tl.load(c1_at).to(tl.float64)
@@ -127,14 +155,17 @@ def slot_of_chunk(slots, slot_count, chunk):
 
 
 @triton.jit
-def strided(layout, i, TENSORS: tl.constexpr):
-    """Where element i of each of a slot's tensors lies."""
+def strided(layout, i, FORMATS: tl.constexpr):
+    """Where element i of each of a slot's tensors lies, and its index in the whole parameter."""
+    STATES: tl.constexpr = states(FORMATS)
     ndim = tl.load(layout)
     p = tl.zeros_like(i)
     g = tl.zeros_like(i)
     s0 = tl.zeros_like(i)
     s1 = tl.zeros_like(i)
     s2 = tl.zeros_like(i)
+    rest = tl.zeros_like(i)
+    in_whole = tl.zeros_like(i)
     d = ndim - 1
     while d >= 0:
         size = tl.load(layout + 1 + d)
@@ -144,44 +175,188 @@ def strided(layout, i, TENSORS: tl.constexpr):
         i = outer
         p += index * tl.load(stride)
         g += index * tl.load(stride + ndim)
-        if TENSORS > 2:
+        if STATES > 0:
             s0 += index * tl.load(stride + 2 * ndim)
-        if TENSORS > 3:
+        if STATES > 1:
             s1 += index * tl.load(stride + 3 * ndim)
-        if TENSORS > 4:
+        if STATES > 2:
             s2 += index * tl.load(stride + 4 * ndim)
+        if format_at(FORMATS, 0) == "split":
+            rest += index * tl.load(stride + (2 + STATES) * ndim)
+        if any_random(FORMATS):
+            in_whole += index * tl.load(stride + len(FORMATS) * ndim)
         d -= 1
-    return p, g, s0, s1, s2
+    return p, g, s0, s1, s2, rest, in_whole
 
 
 @triton.jit
-def aligned(address, TYPE: tl.constexpr):
-    """A pointer from which the compiler may take 128 bits at a time."""
-    return tl.multiple_of(address.to(tl.pointer_type(TYPE)), 16)
+def element(address, FORMAT: tl.constexpr, i, VECTOR: tl.constexpr):
+    """Pointers. Where VECTOR is more than 1, the compiler may take so many elements at a time."""
+    start = address.to(tl.pointer_type(storage(FORMAT)))  # a hint about a call would be lost
+    if VECTOR > 1:
+        start = tl.multiple_of(start, 16)
+    return start + i
 
 
 @triton.jit
-def update_block(
-    RULE: tl.constexpr, STATES: tl.constexpr, k, p_at, g_at, s0_at, s1_at, s2_at, mask
+def random(FORMATS: tl.constexpr, PLACE: tl.constexpr, k, index):
+    """What rounding the elements of a tensor takes, of these indices in the whole parameter."""
+    if is_random(format_at(FORMATS, PLACE)):
+        return random_bits(key_of(tl.load(seed_at(k)), PLACE), index)
+    else:
+        return index  # it is not used
+
+
+@triton.jit
+def update_tile(
+    RULE: tl.constexpr,
+    FORMATS: tl.constexpr,
+    k,
+    tensors,
+    layouts,
+    layout,
+    first_index,
+    i,
+    mask,
+    VECTOR: tl.constexpr,
+    scale=None,
+    block_mask=None,
 ):
-    """Load, compute, store. In place of a state not in use the rule is given the parameter."""
-    p = load(p_at, mask)
-    g = load(g_at, mask)
-    s0 = load(s0_at, mask) if STATES > 0 else p
-    s1 = load(s1_at, mask) if STATES > 1 else p
-    s2 = load(s2_at, mask) if STATES > 2 else p
+    """Load, compute, store elements i. In place of a state not in use the rule is given the
+    parameter."""
+    STATES: tl.constexpr = states(FORMATS)
+    P: tl.constexpr = format_at(FORMATS, 0)
+    G: tl.constexpr = format_at(FORMATS, 1)
+    S0: tl.constexpr = format_at(FORMATS, 2)
+    S1: tl.constexpr = format_at(FORMATS, 3)
+    S2: tl.constexpr = format_at(FORMATS, 4)
+    p_i, g_i, s0_i, s1_i, s2_i, rest_i, in_whole = i, i, i, i, i, i, i
+    if layout != DENSE:
+        p_i, g_i, s0_i, s1_i, s2_i, rest_i, in_whole = strided(layouts + layout, i, FORMATS)
+    p_at = element(tensors[0], P, p_i, VECTOR)
+    g_at = element(tensors[1], G, g_i, VECTOR)
+    p = load(P, p_at, mask)
+    if P == "split":
+        rest_at = element(tensors[5], "remainder", rest_i, VECTOR)
+        p = join(p, tl.load(rest_at, mask))
+    g = load(G, g_at, mask)
+    s0, s1, s2 = p, p, p
+    if STATES > 0:
+        s0_at = element(tensors[2], S0, s0_i, VECTOR)
+        s0_scale = scales(tensors[2], S0, scale)
+        s0 = load(S0, s0_at, mask, s0_scale, block_mask)
+    if STATES > 1:
+        s1_at = element(tensors[3], S1, s1_i, VECTOR)
+        s1_scale = scales(tensors[3], S1, scale)
+        s1 = load(S1, s1_at, mask, s1_scale, block_mask)
+    if STATES > 2:
+        s2_at = element(tensors[4], S2, s2_i, VECTOR)
+        s2_scale = scales(tensors[4], S2, scale)
+        s2 = load(S2, s2_at, mask, s2_scale, block_mask)
     grad_scale = tl.load(k + K_GRAD_SCALE)
     if grad_scale != 1:
         g = divide(g, grad_scale)
-        store(g_at, g, mask)
+        store(G, g_at, g, mask)
     p, s0, s1, s2 = RULE(k, p, g, s0, s1, s2, STATES)
-    store(p_at, p, mask)
+    index = first_index + in_whole.to(tl.uint32)  # not before: AMSGrad's registers would spill
+    store(P, p_at, p, mask, random(FORMATS, 0, k, index))
+    if P == "split":
+        store("remainder", rest_at, p, mask)
     if STATES > 0:
-        store(s0_at, s0, mask)
+        store(S0, s0_at, s0, mask, random(FORMATS, 2, k, index), s0_scale, block_mask)
     if STATES > 1:
-        store(s1_at, s1, mask)
+        store(S1, s1_at, s1, mask, random(FORMATS, 3, k, index), s1_scale, block_mask)
     if STATES > 2:
-        store(s2_at, s2, mask)
+        store(S2, s2_at, s2, mask, random(FORMATS, 4, k, index), s2_scale, block_mask)
+
+
+@triton.jit
+def update_elements(
+    RULE: tl.constexpr,
+    FORMATS: tl.constexpr,
+    k,
+    tensors,
+    layouts,
+    layout,
+    slot,
+    chunk,
+    vector,
+    TILE: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """A chunk, TILE elements of it at a time where that can be VECTOR at a time, the rest LANES."""
+    first_index = (tl.load(slot + ROWS) >> 32).to(tl.uint32)
+    first = chunk * CHUNK
+    end = tl.minimum(first + CHUNK, tl.load(slot + NUMEL))
+    while vector & (first + TILE <= end):
+        i = tl.max_contiguous(first + tl.arange(0, TILE), VECTOR)
+        update_tile(RULE, FORMATS, k, tensors, layouts, DENSE, first_index, i, None, VECTOR)
+        first += TILE
+    while first < end:
+        i = first + tl.arange(0, LANES)
+        update_tile(RULE, FORMATS, k, tensors, layouts, layout, first_index, i, i < end, 1)
+        first += LANES
+
+
+@triton.jit
+def update_blocks(
+    RULE: tl.constexpr,
+    FORMATS: tl.constexpr,
+    k,
+    tensors,
+    layouts,
+    layout,
+    slot,
+    chunk,
+    TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """A chunk of blocks of at most WIDTH elements, in tiles of one a row."""
+    rows = tl.load(slot + ROWS)
+    first_index = (rows >> 32).to(tl.uint32)
+    rows &= 0xFFFFFFFF
+    numel = tl.load(slot + NUMEL)
+    row = numel // rows
+    in_row = (row + BLOCK - 1) // BLOCK
+    in_chunk = CHUNK // tl.minimum(row, BLOCK)
+    first = chunk * in_chunk
+    last = tl.minimum(first + in_chunk, rows * in_row)
+    # Blocks are counted from the first of its row on: in 32 bits, for 64 take long to divide.
+    first_row = first // in_row
+    scale = numel + first_row * in_row
+    end = (last - first_row * in_row).to(tl.int32)
+    done = (first - first_row * in_row).to(tl.int32)
+    in_row = in_row.to(tl.int32)
+    COUNT: tl.constexpr = TILE // WIDTH
+    lane = tl.arange(0, WIDTH)[None, :]
+    while done < end:
+        block = done + tl.arange(0, COUNT)
+        rows_on = block // in_row
+        in_its_row = (block - rows_on * in_row).to(tl.int64) * BLOCK
+        begin = (first_row + rows_on) * row + in_its_row
+        length = tl.minimum(row - in_its_row, BLOCK).to(tl.int32)
+        i = begin[:, None] + lane
+        if VECTOR > 1:
+            length = tl.multiple_of(length, VECTOR)
+            i = tl.max_contiguous(tl.multiple_of(i, [1, VECTOR]), [1, VECTOR])
+        block_mask = block < end
+        update_tile(
+            RULE,
+            FORMATS,
+            k,
+            tensors,
+            layouts,
+            layout,
+            first_index,
+            i,
+            block_mask[:, None] & (lane < length[:, None]),
+            VECTOR,
+            scale + block,
+            block_mask,
+        )
+        done += COUNT
 
 
 @triton.jit(do_not_specialize=["slot_count"])
@@ -192,18 +367,14 @@ def update(
     scalars,
     slot_count,
     RULE: tl.constexpr,
-    STATES: tl.constexpr,
-    P: tl.constexpr,
-    G: tl.constexpr,
-    S0: tl.constexpr,
-    S1: tl.constexpr,
-    S2: tl.constexpr,
-    BLOCK: tl.constexpr,
+    FORMATS: tl.constexpr,
+    TILE: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Phase two, a chunk per program: whole blocks of it where all tensors are dense and aligned,
-    the rest LANES elements at a time."""
+    """Phase two, a chunk per program: TILE elements of it at a time where all tensors are dense and
+    aligned, the rest LANES at a time."""
+    STATES: tl.constexpr = states(FORMATS)
     chunk = tl.program_id(0)
     i = slot_of_chunk(slots, slot_count, chunk)
     k = scalars + i * ROW
@@ -212,41 +383,30 @@ def update(
     slot = slots + i * SLOT
     p = tl.load(slot + PARAM)
     g = tl.load(grads + i)
-    s0 = tl.load(slot + STATE)
-    s1 = tl.load(slot + STATE + 1)
-    s2 = tl.load(slot + STATE + 2)
+    s0 = tl.load(slot + STATE) if STATES > 0 else p
+    s1 = tl.load(slot + STATE + 1) if STATES > 1 else p
+    s2 = tl.load(slot + STATE + 2) if STATES > 2 else p
+    rest = tl.load(slot + STATE + STATES) if format_at(FORMATS, 0) == "split" else p
+    tensors = (p, g, s0, s1, s2, rest)
     layout = lower(tl.load(slot + LAYOUT))
-    first = (chunk - (tl.load(slot + LAYOUT) >> 32)) * CHUNK
-    end = tl.minimum(first + CHUNK, tl.load(slot + NUMEL))
-    vector = (layout == DENSE) & (((p | g | s0 | s1 | s2) & 15) == 0)
-    while vector & (first + BLOCK <= end):
-        at = tl.max_contiguous(first + tl.arange(0, BLOCK), VECTOR)
-        update_block(
-            RULE,
-            STATES,
-            k,
-            aligned(p, P) + at,
-            aligned(g, G) + at,
-            aligned(s0, S0) + at,
-            aligned(s1, S1) + at,
-            aligned(s2, S2) + at,
-            None,
+    chunk -= tl.load(slot + LAYOUT) >> 32
+    vector = (layout == DENSE) & (((p | g | s0 | s1 | s2 | rest) & 15) == 0)
+    if in_blocks(FORMATS):
+        row = tl.load(slot + NUMEL) // (tl.load(slot + ROWS) & 0xFFFFFFFF)
+        if vector & (row % VECTOR == 0):
+            if row <= NARROW:
+                update_blocks(
+                    RULE, FORMATS, k, tensors, layouts, DENSE, slot, chunk, TILE, NARROW, VECTOR
+                )
+            else:
+                update_blocks(
+                    RULE, FORMATS, k, tensors, layouts, DENSE, slot, chunk, TILE, BLOCK, VECTOR
+                )
+        elif row <= NARROW:
+            update_blocks(RULE, FORMATS, k, tensors, layouts, layout, slot, chunk, LANES, NARROW, 1)
+        else:
+            update_blocks(RULE, FORMATS, k, tensors, layouts, layout, slot, chunk, LANES, BLOCK, 1)
+    else:
+        update_elements(
+            RULE, FORMATS, k, tensors, layouts, layout, slot, chunk, vector, TILE, LANES, VECTOR
         )
-        first += BLOCK
-    while first < end:
-        at = first + tl.arange(0, LANES)
-        p_at, g_at, s0_at, s1_at, s2_at = at, at, at, at, at
-        if layout != DENSE:
-            p_at, g_at, s0_at, s1_at, s2_at = strided(layouts + layout, at, 2 + STATES)
-        update_block(
-            RULE,
-            STATES,
-            k,
-            p.to(tl.pointer_type(P)) + p_at,
-            g.to(tl.pointer_type(G)) + g_at,
-            s0.to(tl.pointer_type(S0)) + s0_at,
-            s1.to(tl.pointer_type(S1)) + s1_at,
-            s2.to(tl.pointer_type(S2)) + s2_at,
-            at < end,
-        )
-        first += LANES

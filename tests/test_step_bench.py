@@ -163,7 +163,7 @@ def test_shared_and_nested_states_are_counted_once():
     optimizer = situation.optimizers[0]
     for param in situation.params:
         optimizer.state[param] = {"nested": [param.detach(), {"table": table}]}
-    assert step.state_bytes(situation) == 4 * (256 + 31)
+    assert step.state_bytes(situation.optimizers) == 4 * (256 + 31)
 
 
 def row_with_ratios(p20: str, median: str, p80: str) -> dict[str, str]:

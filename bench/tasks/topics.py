@@ -27,12 +27,13 @@ class Topics(TextClassification):
     own_model, max_tokens = MINILM, 64
 
     def own_examples(self, cache: Path) -> tuple[str, list[Example]]:
-        articles = sorted(BBC_NEWS.fetch(cache).glob("*/*.txt"))
-        # Each folder is a class. All is UTF-8 but for one pound sign.
-        examples = [
-            (path.read_text("utf-8", errors="replace"), path.parent.name) for path in articles
-        ]
-        return f"BBC News ({BBC_NEWS.name})", examples
+        return f"BBC News ({BBC_NEWS.name})", articles(cache)
+
+
+def articles(cache: Path) -> list[Example]:
+    files = sorted(BBC_NEWS.fetch(cache).glob("*/*.txt"))
+    # Each folder is a class. All is UTF-8 but for one pound sign.
+    return [(file.read_text("utf-8", errors="replace"), file.parent.name) for file in files]
 
 
 TASK = Topics

@@ -298,8 +298,8 @@ def test_zero_redundancy_optimizer_is_the_plain_training_loop(name, mesh):
 WORLD = 2
 
 
-def in_group(work, rank: int, rendezvous: str) -> None:
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORLD)
+def in_group(work, world: int, rank: int, rendezvous: str) -> None:
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
     torch.set_num_threads(1)
     warnings.filterwarnings("error", message=FALLBACK)
     try:
@@ -309,8 +309,13 @@ def in_group(work, rank: int, rendezvous: str) -> None:
         dist.destroy_process_group()
 
 
+def run_in_processes(work, world: int, tmp_path) -> None:
+    rendezvous = f"file://{tmp_path / f'rendezvous{len(list(tmp_path.iterdir()))}'}"
+    mp.spawn(partial(in_group, work, world), (rendezvous,), nprocs=world)
+
+
 def run_in_two_processes(work, tmp_path) -> None:
-    mp.spawn(partial(in_group, work), (f"file://{tmp_path / 'rendezvous'}",), nprocs=WORLD)
+    run_in_processes(work, WORLD, tmp_path)
 
 
 def as_torch_does_in_one(rank: int) -> None:
@@ -402,3 +407,90 @@ def overflow_on_one_rank(rank: int) -> None:
 
 def test_overflow_on_one_rank_skips_the_step_on_all(tmp_path):
     run_in_two_processes(overflow_on_one_rank, tmp_path)
+
+
+# Formats: the same model and checkpoint on one, two and four ranks.
+
+FORMATS = {
+    "8bit": ({"states": "8bit"}, torch.float32),
+    "bfloat16": ({"states": "bfloat16"}, torch.float32),
+    "split 8bit": ({"states": "8bit", "weights": "split"}, torch.bfloat16),
+    "stochastic": ({"states": "bfloat16", "weights": "stochastic"}, torch.bfloat16),
+}
+
+
+def make_wide_model(dtype: torch.dtype) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(300, 6), torch.nn.Linear(6, 130)).to(dtype)
+
+
+def train_on_equal_gradients(model: torch.nn.Module, optimizer, steps: range) -> None:
+    """Not reduced over ranks: sums in another order would be others."""
+    for step in steps:
+        for i, param in enumerate(model.parameters()):
+            generator = torch.Generator().manual_seed(100 * step + i)
+            grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+            if isinstance(param, DTensor):
+                grad = distribute_tensor(grad, param.device_mesh, param.placements)
+            param.grad = grad
+        optimizer.step()
+
+
+def go_on(begin: int, folder, rank: int) -> None:
+    """Three steps more from the checkpoint of so many, if any, with every format."""
+    world = dist.get_world_size()
+    for name, (kept, dtype) in FORMATS.items():
+        straight = make_wide_model(dtype)
+        optimizer = fastopt.AdamW(straight.parameters(), lr=0.01, **kept)
+        train_on_equal_gradients(straight, optimizer, range(begin + 3))
+
+        model = make_wide_model(dtype)
+        mesh = init_device_mesh("cpu", (world,))
+        fully_shard(model, mesh=mesh)
+        sharded = fastopt.AdamW(model.parameters(), lr=0.01, **kept)
+        options = StateDictOptions(flatten_optimizer_state_dict=begin == 3)
+        if begin:
+            state = {
+                "model": get_model_state_dict(model),
+                "optimizer": get_optimizer_state_dict(model, sharded, options=options),
+            }
+            checkpoint.load(state, checkpoint_id=folder / f"{name} {begin}")
+            set_model_state_dict(model, state["model"])
+            set_optimizer_state_dict(model, sharded, state["optimizer"], options=options)
+        train_on_equal_gradients(model, sharded, range(begin, begin + 3))
+        for own, other in zip(wholes(model), wholes(straight), strict=True):
+            assert torch.equal(own, other), (name, world, begin)
+        following = StateDictOptions(flatten_optimizer_state_dict=begin == 0)
+        state = {
+            "model": get_model_state_dict(model),
+            "optimizer": get_optimizer_state_dict(model, sharded, options=following),
+        }
+        checkpoint.save(state, checkpoint_id=folder / f"{name} {begin + 3}")
+
+
+def test_formats_resume_bit_for_bit_on_another_number_of_ranks(tmp_path):
+    for begin, world in enumerate((2, 1, 4)):
+        run_in_processes(partial(go_on, 3 * begin, tmp_path), world, tmp_path)
+
+
+def on_two_dimensions(rank: int) -> None:
+    """Sharded along both dimensions: random bits are still those of the whole."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    torch.manual_seed(0)
+    values = torch.randn(6, 10)
+    whole_param = torch.nn.Parameter(values.clone())
+    for placements in ([Shard(0), Shard(1)], [Replicate(), Shard(1)], [Shard(1), Shard(1)]):
+        whole_param = torch.nn.Parameter(values.clone())
+        param = torch.nn.Parameter(distribute_tensor(values, mesh, placements))
+        optimizers = [fastopt.AdamW([p], lr=0.01, states="bfloat16") for p in (whole_param, param)]
+        for step in range(3):
+            grad = torch.randn(6, 10, generator=torch.Generator().manual_seed(step))
+            whole_param.grad = grad
+            param.grad = distribute_tensor(grad, mesh, placements)
+            for optimizer in optimizers:
+                optimizer.step()
+        assert torch.equal(whole(param), whole_param)
+
+
+def test_random_bits_do_not_depend_on_the_mesh(tmp_path):
+    run_in_processes(on_two_dimensions, 4, tmp_path)

@@ -265,37 +265,52 @@ struct Run {
   }
 };
 
+// Loops over blocks of a few elements are not worth vectorising: their bases are laid beside the
+// elements first, and then one loop takes all of the tile.
 template <class Kind>
 void load_blocks(const View& view, const Run& run, float* to) {
   const uint8_t* const codes = static_cast<const uint8_t*>(view.data) + view.offset;
   const uint8_t* const scales = static_cast<const uint8_t*>(view.data) + run.numel + run.first;
-  run.for_each([=](int64_t block, int64_t begin, int64_t n) {
-    const uint32_t base = base_of<Kind>(scales[block]);
-    FASTOPT_INDEPENDENT
-    for (int64_t i = begin; i < begin + n; ++i) to[i] = decode<Kind>(codes[i], base);
+  if (run.blocks.row >= kBlock) {
+    return run.for_each([=](int64_t block, int64_t begin, int64_t n) {
+      const uint32_t base = base_of<Kind>(scales[block]);
+      FASTOPT_INDEPENDENT
+      for (int64_t i = begin; i < begin + n; ++i) to[i] = decode<Kind>(codes[i], base);
+    });
+  }
+  alignas(64) uint32_t base[kTile];
+  run.for_each([&](int64_t block, int64_t begin, int64_t n) {
+    for (int64_t i = begin; i < begin + n; ++i) base[i] = base_of<Kind>(scales[block]);
   });
+  FASTOPT_INDEPENDENT
+  for (int64_t i = 0; i < view.ahead; ++i) to[i] = decode<Kind>(codes[i], base[i]);
 }
 
 template <class Kind>
 void store_blocks(const View& view, const Run& run, const float* from, const Random& random) {
   uint8_t* const codes = static_cast<uint8_t*>(view.data) + view.offset;
   uint8_t* const scales = static_cast<uint8_t*>(view.data) + run.numel + run.first;
-  const uint32_t* const index = random.index;
-  const uint32_t key = random.key;
-  run.for_each([=](int64_t block, int64_t begin, int64_t n) {
+  const uint32_t* const index = random.index;  // copies: for all the compiler knows, a store of
+  const uint32_t key = random.key;             // bytes could change anything
+  const int64_t numel = view.ahead;
+  alignas(64) uint32_t magnitude[kTile];
+  FASTOPT_INDEPENDENT
+  for (int64_t i = 0; i < numel; ++i) magnitude[i] = magnitude_of(from[i]);
+  uint32_t* const bases = magnitude;  // once a block's largest is known
+  run.for_each([&](int64_t block, int64_t begin, int64_t n) {
     uint32_t largest = 0;
     for (int64_t i = begin; i < begin + n; ++i) {
-      const uint32_t magnitude = magnitude_of(from[i]);
-      largest = magnitude > largest ? magnitude : largest;
+      largest = magnitude[i] > largest ? magnitude[i] : largest;
     }
     const uint32_t scale = scale_of<Kind>(largest);
     const uint32_t base = base_of<Kind>(scale);
     scales[block] = static_cast<uint8_t>(scale);
-    FASTOPT_INDEPENDENT
-    for (int64_t i = begin; i < begin + n; ++i) {
-      codes[i] = encode<Kind>(from[i], base, !Kind::kSigned ? random_bits(key, index[i]) : 0);
-    }
+    for (int64_t i = begin; i < begin + n; ++i) bases[i] = base;
   });
+  FASTOPT_INDEPENDENT
+  for (int64_t i = 0; i < numel; ++i) {
+    codes[i] = encode<Kind>(from[i], bases[i], Kind::kSigned ? 0 : random_bits(key, index[i]));
+  }
 }
 
 void load(const View& view, const Run* run, float* to) {

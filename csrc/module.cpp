@@ -595,7 +595,9 @@ class Step {
 
   void find_states(Member& member) {
     if (kept_[member.group].empty()) return;
-    member.fresh = member.keeps = true;
+    member.keeps = true;
+    member.fresh = std::any_of(kept_[member.group].begin(), kept_[member.group].end(),
+                               [](const Kept& kept) { return !kept.ours; });
     py::object found = state_.find_tensor(member.param);
     if (!found) return;
     const Mapping entry(std::move(found));
@@ -604,7 +606,8 @@ class Step {
       // None counts as missing: so SGD's checkpoints have it before the first step.
       if (!value || value.is_none()) continue;
       member.kept[kept.place] = std::move(value);
-      if (!kept.ours) member.fresh = member.keeps = false;
+      member.keeps = false;
+      if (!kept.ours) member.fresh = false;
     }
   }
 
@@ -753,7 +756,10 @@ class Step {
       for (const Kept& kept : kept_[group]) {
         if (!made.contains(py::handle(kept.key))) continue;
         const py::tuple tensors = made[py::handle(kept.key)];
-        for (size_t i = 0; i < fresh.size(); ++i) fresh[i]->kept[kept.place] = tensors[i];
+        for (size_t i = 0; i < fresh.size(); ++i) {
+          // The step of a rule that counts none may be there alone.
+          if (!fresh[i]->kept[kept.place]) fresh[i]->kept[kept.place] = tensors[i];
+        }
       }
     }
   }

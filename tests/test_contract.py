@@ -75,7 +75,7 @@ def public(names) -> set[str]:
 
 
 @every_optimizer
-def test_signature_is_torchs_plus_backend(name):
+def test_signature_is_torchs_plus_ours(name):
     def described(cls):
         return {
             key: (parameter.kind, parameter.default)
@@ -83,7 +83,8 @@ def test_signature_is_torchs_plus_backend(name):
         }
 
     ours = described(getattr(fastopt, name))
-    assert ours.pop("backend") == (inspect.Parameter.KEYWORD_ONLY, None)
+    for own in ("states", "weights", "backend"):
+        assert ours.pop(own) == (inspect.Parameter.KEYWORD_ONLY, None)
     assert ours == described(getattr(torch.optim, name))
 
 

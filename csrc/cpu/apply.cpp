@@ -52,54 +52,86 @@ bool any_random(const Work& work) {
   return false;
 }
 
-// A tile of n elements by way of buffers, but for those that can be computed where they lie.
-//
-// for_each_view(i, use) calls use(view, at) for the views of tensor i; the last one is the index in
-// the whole parameter, of which only a view's loops have a meaning. in_place(i) is where the
-// elements of tensor i lie as an array of T, or null. The run is of blocks, if there are any.
-template <class Rule, int kStates, class T, class ForEachView, class InPlace>
-void update_tile(const Work& work, const Advanced<Rule, T>& advanced, const Slot& slot, int64_t n,
-                 const Run* run, ForEachView for_each_view, InPlace in_place) {
+// Where the n elements of a tile lie.
+struct Elements {
+  const Work& work;
+  const Slot& slot;
+  int64_t begin, n;         // of them in the slot's order, but for those of a box
+  const Run* run;           // the blocks they are, if any
+  const Tile *tile, *next;  // the box that they are, if any, and the one after it
+
+  // Calls use(view, at) for the views of tensor i. The one after the last tensor is the index in
+  // the whole parameter, of which only a view's loops have a meaning.
+  template <class Use>
+  FASTOPT_RULE void for_each_view(int i, Use use) const {
+    void* const data = slot.data[i];
+    const Format format = work.format[i];
+    if (slot.layout == kDense || is_block(format)) return use(view_of(begin, n, data, format), 0);
+    const Layout layout = layout_of(work.layouts + slot.layout, i);
+    if (tile) return use(view_of(*tile, *next, layout, data, format), 0);
+    for_each_stretch(layout, begin, n, data, format, use);
+  }
+};
+
+// These are compiled once, not for every rule.
+template <class T>
+__attribute__((noinline)) void load_tensor(const Elements& elements, int i, T* to) {
+  elements.for_each_view(i,
+                         [&](const View& view, int64_t at) { load(view, elements.run, to + at); });
+}
+
+template <class T>
+__attribute__((noinline)) void store_tensor(const Elements& elements, int i, const T* from,
+                                            uint32_t seed, const uint32_t* index) {
+  const uint32_t key = is_random(elements.work.format[i]) ? key_of(seed, i) : 0;
+  elements.for_each_view(i, [&](const View& view, int64_t at) {
+    store(view, elements.run, from + at, {key, index + at});
+  });
+}
+
+__attribute__((noinline)) void find_indices(const Elements& elements, int tensors,
+                                            uint32_t* index) {
+  const uint32_t first = elements.slot.first_index;
+  elements.for_each_view(tensors, [&](const View& view, int64_t at) {
+    uint32_t* const to = index + at;
+    walk(
+        view,
+        [=](int64_t in_whole, int64_t in_buffer) {
+          to[in_buffer] = first + static_cast<uint32_t>(in_whole);
+        },
+        [](int64_t) {});
+  });
+}
+
+// A tile by way of buffers, but for tensors that can be computed where they lie.
+template <class Rule, int kStates, class T>
+void update_tile(const Elements& elements, const Advanced<Rule, T>& advanced) {
   constexpr int kCount = kState + kStates;
+  const Work& work = elements.work;
   const int count = tensor_count(kStates, work.format[kParam]);
   const bool rescale = work.grad_scale != 1;
   alignas(64) T buffer[kCount][kTile];
   alignas(64) uint32_t index[kTile];
   T* tensor[kCount];
-  const auto load_tensor = [&](int i, T* to) {
-    for_each_view(i, [&](const View& view, int64_t at) { load(view, run, to + at); });
-  };
-  const auto store_tensor = [&](int i, const T* from) {
-    const uint32_t key = is_random(work.format[i]) ? key_of(advanced.seed, i) : 0;
-    for_each_view(
-        i, [&](const View& view, int64_t at) { store(view, run, from + at, {key, index + at}); });
-  };
   for (int i = 0; i < kCount; ++i) {
-    tensor[i] = work.format[i] == kNative<T> && !(i == kGrad && rescale) ? in_place(i) : nullptr;
-    if (!tensor[i]) load_tensor(i, tensor[i] = buffer[i]);
+    const bool in_place =
+        elements.slot.layout == kDense && work.format[i] == kNative<T> && !(i == kGrad && rescale);
+    tensor[i] = in_place ? static_cast<T*>(elements.slot.data[i]) + elements.begin : buffer[i];
+    if (!in_place) load_tensor(elements, i, buffer[i]);
   }
-  if (count > kCount) load_tensor(kCount, buffer[kParam]);  // what completes a split parameter
+  if (count > kCount) load_tensor(elements, kCount, buffer[kParam]);  // completes a split parameter
   if (rescale) {
-    for (int64_t i = 0; i < n; ++i) buffer[kGrad][i] /= T(work.grad_scale);
-    store_tensor(kGrad, buffer[kGrad]);
+    for (int64_t i = 0; i < elements.n; ++i) buffer[kGrad][i] /= T(work.grad_scale);
+    store_tensor(elements, kGrad, buffer[kGrad], 0, index);
   }
-  update<Rule, kStates, T>(advanced.k, tensor, Unit{}, n);
-  if (any_random(work)) {
-    for_each_view(count, [&](const View& view, int64_t at) {
-      const auto first = slot.first_index;
-      uint32_t* const to = index + at;
-      walk(
-          view,
-          [=](int64_t in_whole, int64_t in_buffer) {
-            to[in_buffer] = first + static_cast<uint32_t>(in_whole);
-          },
-          [](int64_t) {});
-    });
-  }
+  update<Rule, kStates, T>(advanced.k, tensor, Unit{}, elements.n);
+  if (any_random(work)) find_indices(elements, count, index);
   for (int i = 0; i < kCount; ++i) {
-    if (i != kGrad && tensor[i] == buffer[i]) store_tensor(i, buffer[i]);
+    if (i != kGrad && tensor[i] == buffer[i]) {
+      store_tensor(elements, i, buffer[i], advanced.seed, index);
+    }
   }
-  if (count > kCount) store_tensor(kCount, buffer[kParam]);
+  if (count > kCount) store_tensor(elements, kCount, buffer[kParam], advanced.seed, index);
 }
 
 // A chunk of a slot whose tensors differ in their strides. An only dimension needs no buffers: its
@@ -126,23 +158,8 @@ void update_strided(const Work& work, const Advanced<Rule, T>& advanced, const S
   const int64_t end = tiling.count() * (chunk + 1) / chunks;
   for (int64_t t = tiling.count() * chunk / chunks; t < end; ++t) {
     const Tile tile = tiling.at(t), next = tiling.at(t + 1);
-    update_tile<Rule, kStates, T>(
-        work, advanced, slot, tile.numel, nullptr,
-        [&](int i, auto use) {
-          use(view_of(tile, next, layout_of(layout, i), slot.data[i], work.format[i]), 0);
-        },
-        [](int) -> T* { return nullptr; });
+    update_tile<Rule, kStates, T>({work, slot, 0, tile.numel, nullptr, &tile, &next}, advanced);
   }
-}
-
-// n elements of a dense slot.
-template <class Rule, int kStates, class T>
-void update_dense_tile(const Work& work, const Advanced<Rule, T>& advanced, const Slot& slot,
-                       int64_t begin, int64_t n, const Run* run) {
-  update_tile<Rule, kStates, T>(
-      work, advanced, slot, n, run,
-      [&](int i, auto use) { use(view_of(begin, n, slot.data[i], work.format[i]), 0); },
-      [&](int i) { return static_cast<T*>(slot.data[i]) + begin; });
 }
 
 // A chunk of blocks, a tile being as many of them as there is room for.
@@ -157,19 +174,7 @@ void update_blocks(const Work& work, const Advanced<Rule, float>& advanced, cons
     const Run run{blocks, first, smaller(in_tile, end - first), slot.numel};
     const int64_t begin = blocks.begin(first);
     const int64_t n = blocks.begin(first + run.count) - begin;
-    if (slot.layout == kDense) {
-      update_dense_tile<Rule, kStates>(work, advanced, slot, begin, n, &run);
-      continue;
-    }
-    const int64_t* const layout = work.layouts + slot.layout;
-    update_tile<Rule, kStates, float>(
-        work, advanced, slot, n, &run,
-        [&](int i, auto use) {
-          if (is_block(work.format[i]))
-            return use(view_of(begin, n, slot.data[i], work.format[i]), 0);
-          for_each_stretch(layout_of(layout, i), begin, n, slot.data[i], work.format[i], use);
-        },
-        [](int) -> float* { return nullptr; });
+    update_tile<Rule, kStates, float>({work, slot, begin, n, &run, nullptr, nullptr}, advanced);
   }
 }
 
@@ -193,8 +198,8 @@ void update_chunk(const Work& work, const Advanced<Rule, T>& advanced, const Slo
     return update<Rule, kStates, T>(advanced.k, tensor, Unit{}, end - chunk_begin);
   }
   for (int64_t begin = chunk_begin; begin < end; begin += kTile) {
-    update_dense_tile<Rule, kStates, T>(work, advanced, slot, begin, smaller(kTile, end - begin),
-                                        nullptr);
+    const int64_t n = smaller(kTile, end - begin);
+    update_tile<Rule, kStates, T>({work, slot, begin, n, nullptr, nullptr, nullptr}, advanced);
   }
 }
 

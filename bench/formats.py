@@ -74,7 +74,7 @@ class Format:
 REFERENCE = "torch, float32"
 WIDE, NARROW = torch.float32, torch.bfloat16
 FORMATS = {
-    REFERENCE: Format(rivals.REFERENCE, WIDE),
+    REFERENCE: Format(rivals.FUSED, WIDE),
     "fastopt, float32": Format(rivals.OURS, WIDE),
     "fastopt, bfloat16 states": Format(rivals.OURS, WIDE, {"states": "bfloat16"}),
     "fastopt, 8-bit states": Format(rivals.OURS, WIDE, {"states": "8bit"}),
@@ -90,7 +90,7 @@ FORMATS = {
     "fastopt, stochastic, 8-bit states": Format(
         rivals.OURS, NARROW, {"weights": "stochastic", "states": "8bit"}
     ),
-    "torch, bfloat16": Format(rivals.REFERENCE, NARROW),
+    "torch, bfloat16": Format(rivals.FUSED, NARROW),
     "optimi, Kahan": Format("torch-optimi", NARROW, {"kahan_sum": True}),
     "FlashOptim": Format("FlashOptim", NARROW),
 }

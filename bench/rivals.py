@@ -17,8 +17,18 @@ import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-OURS, REFERENCE = "fastopt", "torch fused"
+OURS = "fastopt"
+FUSED, FOREACH, AUTHORS = "torch fused", "torch foreach", "authors' loop"
 LR = 1e-3  # some have no default
+
+
+def reference_of(name: str) -> str:
+    """What the others are measured against: torch's fused step, or else its foreach step, or else
+    the authors' loop."""
+    cls = getattr(torch.optim, name, None)
+    if cls is None:
+        return AUTHORS
+    return FUSED if "fused" in inspect.signature(cls).parameters else FOREACH
 
 
 def fastopt(params: list[Parameter], name: str, **options: Any) -> Optimizer:
@@ -32,15 +42,7 @@ def fastopt_triton(params: list[Parameter], name: str, **options: Any) -> Optimi
 
 
 def torch_fused(params: list[Parameter], name: str, **options: Any) -> Optimizer:
-    """Most have no fused step in torch: their foreach step then, the next best; and Lion has
-    nothing, so it is its authors' loop."""
-    if name == "Lion":
-        from lion import Lion  # of the tests
-
-        return Lion(params, **{"lr": LR} | options)
-    cls = getattr(torch.optim, name)
-    fastest = "fused" if "fused" in inspect.signature(cls).parameters else "foreach"
-    return cls(params, **{fastest: True}, **{"lr": LR} | options)
+    return getattr(torch.optim, name)(params, fused=True, **{"lr": LR} | options)
 
 
 def torch_foreach(params: list[Parameter], name: str, **options: Any) -> Optimizer:
@@ -49,6 +51,12 @@ def torch_foreach(params: list[Parameter], name: str, **options: Any) -> Optimiz
 
 def torch_loop(params: list[Parameter], name: str, **options: Any) -> Optimizer:
     return getattr(torch.optim, name)(params, foreach=False, **{"lr": LR} | options)
+
+
+def authors_loop(params: list[Parameter], name: str, **options: Any) -> Optimizer:
+    import lion  # of the tests
+
+    return getattr(lion, name)(params, **{"lr": LR} | options)
 
 
 def torch_compile(params: list[Parameter], name: str, **options: Any) -> Optimizer:
@@ -160,10 +168,11 @@ class Contender:
 
 CONTENDERS = {
     OURS: Contender(fastopt, "fastopt"),
-    REFERENCE: Contender(torch_fused, "torch"),
+    FUSED: Contender(torch_fused, "torch"),
     "fastopt triton": Contender(fastopt_triton, "fastopt"),
-    "torch foreach": Contender(torch_foreach, "torch"),
+    FOREACH: Contender(torch_foreach, "torch"),
     "torch loop": Contender(torch_loop, "torch"),
+    AUTHORS: Contender(authors_loop, "torch"),
     "torch compile": Contender(torch_compile, "torch", compiles=True),
     "torch-optimi": Contender(torch_optimi, "torch-optimi"),
     "torchao 8-bit": Contender(torchao_8bit, "torchao", compiles=True),

@@ -4,7 +4,8 @@ Each part is a program of its own with a time limit; its output shows as it come
 or runs out of time does not stop the others. Results go to bench/results, or flat to --out:
 
     MACHINE-DATE.json      what the machine is, and each part's outcome and seconds
-    step-DEVICE.csv        bench/step.py: every comparison
+    step-DEVICE.csv        bench/step.py: every comparison of AdamW and SGD
+    optimizers-DEVICE.csv  bench only: bench/step.py: some comparisons of every other optimizer
     scaling-DEVICE.csv     bench/scaling.py: time over the number and the size of tensors
     share-DEVICE.csv       bench/share.py: the optimizer's share of fine-tuning
     finetune-topics-DEVICE.json, .png   gpu only: bench/finetune.py
@@ -41,7 +42,8 @@ from typing import Any, BinaryIO
 import torch
 
 import machine
-from rivals import CONTENDERS
+from rivals import AUTHORS, CONTENDERS, FOREACH, FUSED, OURS
+from step import OPTIMIZERS
 
 BENCH = machine.ROOT / "bench"
 RESULTS = BENCH / "results"
@@ -63,8 +65,12 @@ class Part:
     keeps: dict[Path, Path] = field(default_factory=dict)
 
 
+# By default options; Adam and SGD have parts of their own.
+OTHERS = [name for name in OPTIMIZERS if name.isalpha() and name not in ("adam", "adamw", "sgd")]
+
+
 def bench_parts(args: argparse.Namespace) -> Iterator[Part]:
-    """For a CPU: 12 minutes on two cores, 3 more where DeepSpeed is yet to build its kernels."""
+    """For a CPU: 15 minutes on two cores, 3 more where DeepSpeed is yet to build its kernels."""
     few = ["--contender", "fastopt", "torch fused", "torch foreach"]
     yield step(args, "every workload", 300, "--optimizer", "adamw")
     yield step(args, "every workload, SGD", 130, "--optimizer", "sgd-momentum", *few)
@@ -77,6 +83,13 @@ def bench_parts(args: argparse.Namespace) -> Iterator[Part]:
         *(args, "rivals that compile", 600, "--optimizer", "adamw", "--patience", "240"),
         *("--contender", *(name for name, rival in CONTENDERS.items() if rival.compiles)),
         *("--workload", "lora-bert", "8x4M"),
+    )
+    yield step(
+        *(args, "every other optimizer", 300, "--optimizer", *OTHERS),
+        *("--contender", OURS, FUSED, FOREACH, "torch loop", AUTHORS),
+        *("torch-optimi", "bitsandbytes"),
+        *("--workload", "1000x16", "lora-bert", "8x4M"),
+        csv="optimizers",
     )
     yield from further_parts(args)
 
@@ -131,10 +144,12 @@ def cached(args: argparse.Namespace) -> list[Any]:
     return ["--cache", args.cache] if args.cache else []
 
 
-def step(args: argparse.Namespace, name: str, limit: float, *options: str) -> Part:
-    """A run of step.py, whose rows go to the same CSV as those of the others."""
-    csv = ["--csv", args.to / f"step-{args.device}.csv", "--append"]
-    chosen = ["--device", args.device, "--seconds", args.seconds, *csv]
+def step(
+    args: argparse.Namespace, name: str, limit: float, *options: str, csv: str = "step"
+) -> Part:
+    """A run of step.py, whose rows are appended to those of the others."""
+    sink = ["--csv", args.to / f"{csv}-{args.device}.csv", "--append"]
+    chosen = ["--device", args.device, "--seconds", args.seconds, *sink]
     if "--workload" not in options and args.workload:
         chosen += ["--workload", *args.workload]
     return Part(name, python(BENCH / "step.py", *chosen, *options), limit)
@@ -255,7 +270,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_options(argv)
     args.to.mkdir(parents=True, exist_ok=True)
-    (args.to / f"step-{args.device}.csv").unlink(missing_ok=True)
+    for csv in ("step", "optimizers"):
+        (args.to / f"{csv}-{args.device}.csv").unlink(missing_ok=True)
     known = facts(args.device)
     title = re.sub(r"[^a-z0-9]+", "-", known["machine"].lower())
     report = args.to / f"{title}-{known['date']}.json"

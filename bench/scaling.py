@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 import step
-from rivals import OURS, REFERENCE
+from rivals import FUSED, OURS
 
 TINY = 16  # elements: next to no work but the bookkeeping
 COUNTS = [1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 20_000]
@@ -89,10 +89,10 @@ def main(argv: list[str] | None = None) -> int:
     points = [(count, TINY) for count in COUNTS] + [(1, size) for size in SIZES]
     for count, size in tqdm(points, unit="point"):
         setting = step.Setting([(size,)] * count, "adamw", "plain", "float32", args.device)
-        for row in step.measure(setting, [OURS, REFERENCE], args.seconds, patience=60):
+        for row in step.measure(setting, [OURS, FUSED], args.seconds, patience=60):
             results.add(f"{count}x{size}", setting, row)
     print(step.table(results.rows))
-    for contender in (OURS, REFERENCE):
+    for contender in (OURS, FUSED):
         print(describe(results.rows, contender))
     return 0
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import machine
 from finetune import parse_options
-from rivals import CONTENDERS, OURS, REFERENCE
+from rivals import CONTENDERS, FUSED, OURS
 from tasks import TaskError, find
 from tasks.fetch import default_cache
 from tuning import tuned
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
             tuned(task.load_model(), tuning, args.steps, None), contender, args.device
         )
         for tuning in TUNINGS
-        for contender in (REFERENCE, OURS)
+        for contender in (FUSED, OURS)
     }
     order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0)).tolist()
     for i in tqdm(range(args.warm_up + args.steps), unit="step"):

@@ -12,7 +12,8 @@ stream the same arrays with next to no arithmetic, on a GPU a gigabyte is copied
 Columns of the CSV: median, p20 and p80 until the device has finished; host, until step() has
 returned; device, what a GPU is busy for; GB/s, the bytes that such a step moves at least (all read,
 all but the gradient written) over its time; step_peak_mb, memory in use during a step beyond
-parameters, gradients and states; skipped, the reason where a contender could not run.
+parameters, gradients and states; ratio, how many times as fast as the reference; skipped, the
+reason where a contender could not run.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from tqdm import tqdm
 
 import ceiling
 import machine
-from rivals import CONTENDERS, OURS, REFERENCE
+from rivals import CONTENDERS, OURS, reference_of
 from situations import SITUATIONS, Plain
 from workloads import WORKLOADS, Shapes, elements
 
@@ -53,20 +54,20 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     for options, kwargs in table.items()
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-KEY = ["workload", "optimizer", "contender", "situation", "dtype", "device"]
+KEY = ["workload", "optimizer", "contender", "situation", "dtype", "device", "reference"]
 COLUMNS = [
     *KEY,
     *("tensors", "elements", "rounds"),
     *("median_ms", "p20_ms", "p80_ms", "host_ms", "device_ms"),
     *("gb_per_s", "ceiling_gb_per_s", "ceiling_share"),
     *("state_bytes_per_param", "step_peak_mb"),
-    *("ratio_to_torch_fused", "ratio_p20", "ratio_p80"),
+    *("ratio", "ratio_p20", "ratio_p80"),
     *("skipped", "version", "machine", "torch", "commit"),
 ]
 SHOWN = [
     *("workload", "optimizer", "contender", "situation", "dtype"),
     *("median_ms", "p20_ms", "p80_ms", "host_ms", "device_ms", "gb_per_s", "ceiling_share"),
-    *("state_bytes_per_param", "step_peak_mb", "ratio_to_torch_fused", "ratio_p20", "ratio_p80"),
+    *("state_bytes_per_param", "step_peak_mb", "reference", "ratio", "ratio_p20", "ratio_p80"),
 ]
 Row = dict[str, str]
 
@@ -135,6 +136,11 @@ class Setting:
     dtype: str
     device: str
 
+    @property
+    def reference(self) -> str:
+        name, _ = OPTIMIZERS[self.optimizer]
+        return reference_of(name)
+
     def clock(self, contender: str) -> Clock:
         situation = SITUATIONS[self.situation]
         name, options = OPTIMIZERS[self.optimizer]
@@ -150,8 +156,8 @@ class Setting:
 def measure(
     setting: Setting, contenders: Sequence[str], seconds: float, patience: float
 ) -> Iterator[Row]:
-    """The figures of each contender. REFERENCE steps beside ours alone, then again beside others,
-    as many at a time as fit into memory."""
+    """The figures of each contender. The reference steps beside ours alone, then again beside
+    others, as many at a time as fit into memory."""
     need = BYTES_PER_ELEMENT * elements(setting.shapes)
     beside = int(0.9 * machine.free_bytes(setting.device) // need) - 1
     if beside < 1:
@@ -159,15 +165,17 @@ def measure(
             yield {"contender": name, "skipped": f"{TOO_LARGE}two need {2 * need / 1e9:.0f} GB"}
         return
     ours = [name for name in contenders if name == OURS]
-    others = [name for name in contenders if name not in (OURS, REFERENCE)]
+    others = [name for name in contenders if name not in (OURS, setting.reference)]
     groups = [others[i : i + beside] for i in range(0, len(others), beside)]
-    if ours or REFERENCE in contenders:
+    if ours or setting.reference in contenders:
         groups.insert(0, ours)
     for group in groups:
-        rows = measure_together(setting, [*group, REFERENCE], seconds, patience)
+        rows = measure_together(setting, [*group, setting.reference], seconds, patience)
         gc.collect()  # optimizers hold themselves, and so their states, in cycles
         for row in rows:
-            if row["contender"] in group or (group is groups[0] and REFERENCE in contenders):
+            if row["contender"] in group or (
+                group is groups[0] and setting.reference in contenders
+            ):
                 yield row
 
 
@@ -185,7 +193,8 @@ def measure_together(
             skipped.append({"contender": name, "skipped": reason(error)})
         else:
             clocks[name] = clock
-    limit = memory_limit(setting, clocks)
+    reference = clocks.get(setting.reference)
+    limit = memory_limit(setting, reference)
     limits = []
     end = time.perf_counter() + seconds
     rounds = 0
@@ -195,21 +204,18 @@ def measure_together(
         if limit is not None:
             limits.append(limit.bytes_moved / limit.seconds())
         rounds += 1
-    reference = clocks.get(REFERENCE)
     rows = [
         {"contender": name, **figures(clock, reference, limits)} for name, clock in clocks.items()
     ]
     return rows + skipped
 
 
-def memory_limit(
-    setting: Setting, clocks: dict[str, Clock]
-) -> ceiling.Stream | ceiling.Copy | None:
-    if REFERENCE not in clocks or moved_bytes(clocks[REFERENCE].situation) < CACHES:
+def memory_limit(setting: Setting, reference: Clock | None) -> ceiling.Stream | ceiling.Copy | None:
+    if reference is None or moved_bytes(reference.situation) < CACHES:
         return None
     if setting.device == "cuda":
         return ceiling.Copy()
-    states = state_bytes(clocks[REFERENCE].situation.optimizers) // (4 * elements(setting.shapes))
+    states = state_bytes(reference.situation.optimizers) // (4 * elements(setting.shapes))
     return ceiling.Stream(setting.shapes, min(2, states))
 
 
@@ -235,7 +241,7 @@ def figures(clock: Clock, reference: Clock | None, limits: list[float]) -> Row:
     if reference is not None:
         ratios = [r / t for r, t in zip(reference.total, clock.total, strict=True)]
         low, ratio, high = (f"{value:.2f}" for value in percentiles(ratios))
-        row |= {"ratio_to_torch_fused": ratio, "ratio_p20": low, "ratio_p80": high}
+        row |= {"ratio": ratio, "ratio_p20": low, "ratio_p80": high}
     clock.situation.before()
     peak = machine.extra_bytes(clock.situation.turn, clock.device)
     return row | {"step_peak_mb": f"{peak / 1e6:.1f}"}
@@ -326,6 +332,7 @@ class Results:
             "optimizer": setting.optimizer,
             "situation": setting.situation,
             "dtype": setting.dtype,
+            "reference": setting.reference,
             "version": CONTENDERS[row["contender"]].version(),
         }
         full = dict.fromkeys(COLUMNS, "") | self.facts | described | row
@@ -351,7 +358,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def regressions(rows: Iterable[Row], old: Iterable[Row]) -> list[str]:
-    """Where ours is slower than it was, relative to torch fused, by more than both spreads."""
+    """Where ours is slower than it was, to the same reference, by more than both spreads."""
     before = {tuple(row[column] for column in KEY): row for row in measured(old)}
     found = []
     for row in measured(rows):
@@ -361,8 +368,8 @@ def regressions(rows: Iterable[Row], old: Iterable[Row]) -> list[str]:
         if float(row["ratio_p80"]) < float(was["ratio_p20"]):
             found.append(
                 "{workload} {optimizer} {situation} {dtype}: ".format_map(row)
-                + "{ratio_to_torch_fused}x torch fused, was ".format_map(row)
-                + "{ratio_to_torch_fused}x ({ratio_p20} to {ratio_p80})".format_map(was)
+                + "{ratio}x {reference}, was ".format_map(row)
+                + "{ratio}x ({ratio_p20} to {ratio_p80})".format_map(was)
             )
     return found
 

@@ -17,7 +17,7 @@ import plots
 import scaling
 import step
 from machine import ROOT
-from rivals import CONTENDERS, OURS, REFERENCE
+from rivals import CONTENDERS, FUSED, OURS
 from workloads import WORKLOADS
 
 RESULTS = ROOT / "bench" / "results"
@@ -55,10 +55,10 @@ def time(row: Row | None, column: str = "median_ms") -> str:
 
 
 def ratio(row: Row | None) -> str:
-    if row is None or not row["ratio_to_torch_fused"]:
+    if row is None or not row["ratio"]:
         return ""
     spread = " ({ratio_p20} to {ratio_p80})".format_map(row) if row["ratio_p20"] else ""
-    return "{ratio_to_torch_fused}x".format_map(row) + spread
+    return "{ratio}x".format_map(row) + spread
 
 
 def percent(row: Row | None) -> str:
@@ -103,7 +103,7 @@ def step_table(results: Path, device: str) -> str:
         here = pick(rows, workload=workload)
         line = [WORKLOADS[workload].title, size(here[0])]
         for optimizer in ("adamw", "sgd-momentum"):
-            theirs = one(here, optimizer=optimizer, contender=REFERENCE)
+            theirs = one(here, optimizer=optimizer, contender=FUSED)
             ours = one(here, optimizer=optimizer, contender=OURS)
             line += [time(theirs), time(ours), ratio(ours), percent(ours)]
         lines.append(line)
@@ -142,7 +142,7 @@ def contenders_table(rows: Sequence[Row]) -> str:
 def _time_and_ratio(row: Row | None) -> str:
     if row is None:
         return ""
-    return f"{time(row)} ({row['ratio_to_torch_fused']}x)"
+    return f"{time(row)} ({row['ratio']}x)"
 
 
 def situations_table(rows: Sequence[Row]) -> str:
@@ -160,6 +160,46 @@ def situations_table(rows: Sequence[Row]) -> str:
         for workload in workloads_in(pick(rows, situation=situation))
     ]
     return markdown(["situation", "", *names], lines)
+
+
+def optimizers_table(rows: Sequence[Row]) -> str:
+    """Ours beside the reference and beside the fastest of torch's own, which may be its loop."""
+    rivals = contenders_in(row for row in rows if row["contender"] not in (OURS, row["reference"]))
+    head = ["", "", "reference", "its ms", OURS, "times as fast", "as torch's fastest", *rivals]
+    lines = []
+    for optimizer in dict.fromkeys(row["optimizer"] for row in rows):
+        for workload in workloads_in(pick(rows, optimizer=optimizer)):
+            here = pick(rows, optimizer=optimizer, workload=workload)
+            reference = here[0]["reference"]
+            ours = one(here, contender=OURS)
+            line = [optimizer, WORKLOADS[workload].title, reference]
+            line += [time(one(here, contender=reference)), time(ours), ratio(ours)]
+            others = [one(here, contender=name) for name in rivals]
+            lines.append([*line, _to_fastest(here, ours), *(_plain_ratio(row) for row in others)])
+    return markdown(head, lines)
+
+
+def _to_fastest(rows: Iterable[Row], ours: Row | None) -> str:
+    torchs = [r for r in rows if CONTENDERS[r["contender"]].package == "torch" and r["ratio"]]
+    if ours is None or not torchs:
+        return ""
+    fastest = max(torchs, key=lambda row: float(row["ratio"]))
+    return f"{float(ours['ratio']) / float(fastest['ratio']):.2f}x ({fastest['contender']})"
+
+
+def _plain_ratio(row: Row | None) -> str:
+    return f"{row['ratio']}x" if row else ""
+
+
+def lacking_list(rows: Iterable[Row]) -> str:
+    """The reasons, in which an ellipsis stands for the optimizers after them."""
+    found: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row["skipped"]:
+            name, _ = step.OPTIMIZERS[row["optimizer"]]
+            reason = f"- {row['contender']}: {row['skipped'].replace(name, '...')}"
+            found.setdefault(reason, {})[name] = None
+    return "\n".join(f"{reason} ({', '.join(names)})" for reason, names in sorted(found.items()))
 
 
 def limits_table(rows: Sequence[Row]) -> str:
@@ -189,7 +229,7 @@ def host_table(rows: Sequence[Row]) -> str:
             *(time(row, column) for column in ("median_ms", "host_ms", "device_ms")),
         ]
         for row in rows
-        if row["device_ms"] and row["contender"] in (OURS, REFERENCE, "fastopt triton")
+        if row["device_ms"] and row["contender"] in (OURS, FUSED, "fastopt triton")
     ]
     return markdown(["", "", "situation", "whole, ms", "host, ms", "device, ms"], lines)
 
@@ -248,22 +288,27 @@ def sections(results: Path, device: str, pictures: bool) -> list[str]:
             plain = pick(good, optimizer=optimizer, dtype=dtype, situation="plain")
             if plain:
                 add(
-                    f"{optimizer}, {dtype}: ms a step (times as fast as torch fused)",
+                    f"{optimizer}, {dtype}: ms a step (times as fast as {plain[0]['reference']})",
                     contenders_table(plain),
                 )
     plain = pick(good, optimizer="adamw", dtype="float32", situation="plain")
-    pair = [row for row in plain if row["contender"] in (OURS, REFERENCE)]
+    pair = [row for row in plain if row["contender"] in (OURS, FUSED)]
     add("adamw against the ceiling", limits_table(pair), picture="rivals")
     others = [row for row in good if row["situation"] != "plain"]
     if others:
         add("adamw in other situations", situations_table(others))
+    further = rows_of(results, f"optimizers-{device}")
+    if further:
+        ran = step.measured(further)
+        texts = measured_on(ran) + ".", optimizers_table(ran), lacking_list(further)
+        add("Every other optimizer, float32", *texts)
     if device == "cuda":
         add("Host and device", host_table(pick(good, optimizer="adamw", dtype="float32")))
     add("Memory", memory_table(plain))
     add("Not run", skipped_list(rows))
     sweep = rows_of(results, f"scaling-{device}")
     if sweep:
-        costs = (f"- {scaling.describe(sweep, name)}" for name in (OURS, REFERENCE))
+        costs = (f"- {scaling.describe(sweep, name)}" for name in (OURS, FUSED))
         add("As the work grows", "\n".join(costs), picture="scaling")
     share = rows_of(results, f"share-{device}")
     if share:
@@ -277,8 +322,8 @@ def page(results: Path, pictures: bool) -> str:
         "# Results in full",
         "Generated by `python bench/tables.py` from the CSVs beside it, which `make bench` and "
         "`make gpu` write. What each column means stands in `bench/step.py`. A shared machine is "
-        "not equally fast from one comparison to the next: compare ratios, which are to torch "
-        "fused in the same rounds, rather than milliseconds.",
+        "not equally fast from one comparison to the next: compare ratios, which are to the "
+        "reference in the same rounds, rather than milliseconds.",
     ]
     for device in DEVICES:
         parts += sections(results, device, pictures)

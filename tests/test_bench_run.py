@@ -84,10 +84,19 @@ def test_every_part_asks_for_what_the_programs_know(plan):
     parts = {"bench": run.bench_parts, "gpu": run.gpu_parts}[plan](args)
     commands = [part.command[2:] for part in parts if part.command[1].endswith("step.py")]
     chosen = [step.parse_options(command) for command in commands]
-    assert {options.csv for options in chosen} == {run.RESULTS / f"step-{args.device}.csv"}
+    csvs = {"bench": {"step", "optimizers"}, "gpu": {"step"}}[plan]
+    names = {run.RESULTS / f"{csv}-{args.device}.csv" for csv in csvs}
+    assert {options.csv for options in chosen} == names
     assert {name for options in chosen for name in options.workload} == set(step.WORKLOADS)
     situations = {name for options in chosen for name in options.situation}
     assert situations == set(step.SITUATIONS) - ({"graph"} if plan == "bench" else set())
+
+
+def test_every_optimizer_but_adam_is_measured():
+    commands = [part.command[2:] for part in run.bench_parts(run.parse_options(["bench"]))]
+    named = [step.parse_options(c).optimizer for c in commands if "--optimizer" in c]
+    measured = {step.OPTIMIZERS[name][0] for names in named for name in names}
+    assert measured == set(step.OPTIONS) - {"Adam"}  # AdamW is the same work
 
 
 @pytest.fixture(scope="module")

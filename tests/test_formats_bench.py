@@ -100,7 +100,7 @@ def test_continuing_runs_only_what_is_missing_or_was_skipped(run, monkeypatch):
         makes.append(name)
         return rivals.torch_fused(params, name, **options)
 
-    replace(monkeypatch, rivals.REFERENCE, counted)
+    replace(monkeypatch, rivals.FUSED, counted)
     replace(monkeypatch, "torch-optimi", broken)
     contenders = ["--contender", formats.REFERENCE, "optimi, Kahan"]
     _, before, _ = run(*contenders, "--seeds", "0")

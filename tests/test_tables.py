@@ -42,7 +42,7 @@ def figures(tmp_path):
     for device in tables.DEVICES:
         results = step.Results(tmp_path / f"step-{device}.csv", "cpu")
         setting = step.Setting([(4, 4)], "adamw", "plain", "float32", device)
-        figures = {"median_ms": "2.0000", "ratio_to_torch_fused": "0.50"}
+        figures = {"median_ms": "2.0000", "ratio": "0.50"}
         results.add("one-tiny", setting, {"contender": "fastopt", **figures})
         results.add("one-tiny", setting, {"contender": "apex", "skipped": "ImportError: no apex"})
     return tmp_path
@@ -61,6 +61,20 @@ def test_where_we_lose_and_who_did_not_run_is_on_the_page(figures):
     page = tables.page(figures, pictures=False)
     assert "2.00 (0.50x)" in page
     assert "- apex: ImportError: no apex" in page
+
+
+def test_ours_is_compared_with_the_fastest_of_torchs_own(figures):
+    results = step.Results(figures / "optimizers-cpu.csv", "cpu")
+    setting = step.Setting([(4, 4)], "asgd", "plain", "float32", "cpu")
+    for name, ratio in (("fastopt", "6.00"), ("torch foreach", "1.00"), ("torch loop", "3.00")):
+        results.add("one-tiny", setting, {"contender": name, "median_ms": "2.0", "ratio": ratio})
+    for optimizer in ("asgd", "rprop"):
+        reason = f"no {step.OPTIMIZERS[optimizer][0]}"
+        lacking = step.Setting([(4, 4)], optimizer, "plain", "float32", "cpu")
+        results.add("one-tiny", lacking, {"contender": "bitsandbytes", "skipped": reason})
+    page = tables.page(figures, pictures=False)
+    assert "| torch foreach | 2.00 | 2.00 | 6.00x | 2.00x (torch loop) | 3.00x |" in page
+    assert "- bitsandbytes: no ... (ASGD, Rprop)" in page
 
 
 def test_what_nobody_measured_is_said_not_to_be(tmp_path):

@@ -691,9 +691,6 @@ class Step {
     }
     if (torch_.is_lazy(memory)) throw NotOurs{"a parameter is a conjugate or negative view"};
     devices_.meet(out->device, member.param);
-    if (!keeping_.as_torch() && devices_.backend_of(out->device) == Backend::kCuda) {
-      throw NotOurs{"the cuda backend keeps no states and weights in formats of ours so far"};
-    }
   }
 
   void read_state(const Member& member, const py::object& value, const Kept& kept, DLTensor* out) {

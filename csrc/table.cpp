@@ -166,10 +166,6 @@ std::vector<int64_t> make_layout(const Tensors& tensors, int count, bool row_maj
   return layout;
 }
 
-int64_t bytes_of(Format format) {
-  return format == Format::kFloat64 ? 8 : format == Format::kFloat32 ? 4 : is_block(format) ? 1 : 2;
-}
-
 int64_t rows_of(const DLTensor& t) { return t.ndim > 0 ? t.shape[0] : 1; }
 
 // What messages call it.

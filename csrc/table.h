@@ -41,7 +41,27 @@ FASTOPT_RULE typename Rule::Options options_of(const Group& group, Read read) {
   return options;
 }
 
-constexpr int kScalarBytes = 96;  // the most that backends keep of a slot between the two phases
+// What a backend keeps of a slot between the two phases, at most kScalarBytes.
+template <class Rule, class T>
+struct Advanced {
+  typename Rule::template Scalars<T> k;
+  uint32_t seed;  // of the step's random bits
+};
+constexpr int kScalarBytes = 96;
+
+// A rule that counts nothing has the step counted where random bits depend on it.
+template <class Rule>
+constexpr int kMostCounts = Rule::kCounts > 0 ? Rule::kCounts : 1;
+
+// Phase one of a slot: takes its counts, so many of them, one step further.
+template <class Rule, class T>
+FASTOPT_RULE Advanced<Rule, T> advance_slot(const typename Rule::Options& options, bool fresh,
+                                            int count, Count* counts) {
+  static_assert(sizeof(Advanced<Rule, T>) <= kScalarBytes);
+  if (count > 0) counts[0].value = counts[0].rounded(counts[0].value + 1);
+  const double t = Rule::kCounts > 0 ? counts[0].value : fresh ? 1 : 2;
+  return {Rule::template advance<T>(options, t, counts + 1), seed_of(counts[0].value)};
+}
 
 // All slots that share device and formats: one update launch.
 struct Table {

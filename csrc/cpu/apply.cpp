@@ -16,13 +16,6 @@ namespace {
 template <class T>
 constexpr Format kNative = sizeof(T) == 8 ? Format::kFloat64 : Format::kFloat32;
 
-// What advance leaves of a slot for update.
-template <class Rule, class T>
-struct Advanced {
-  typename Rule::template Scalars<T> k;
-  uint32_t seed;  // of the step's random bits
-};
-
 // The strides of arrays, known when the innermost loop is compiled.
 struct Unit {
   int64_t operator[](int) const { return 1; }
@@ -206,9 +199,8 @@ void update_chunk(const Work& work, const Advanced<Rule, T>& advanced, const Slo
 // Phase one. Slots of a group mostly share their counts, so the last scalars are tried first.
 template <class Rule, class T>
 void advance(const Work& work, Advanced<Rule, T>* advanced) {
-  // A rule that counts nothing has the step counted where random bits depend on it.
+  constexpr int kMost = kMostCounts<Rule>;
   const int counts = Rule::kCounts > 0 ? Rule::kCounts : work.counts;
-  constexpr int kMost = Rule::kCounts + 1;
   const Slot* last = nullptr;
   Count last_before[kMost] = {}, last_after[kMost] = {};
   for (int64_t i = 0; i < work.slot_count; ++i) {
@@ -224,12 +216,9 @@ void advance(const Work& work, Advanced<Rule, T>* advanced) {
       for (int j = 0; j < counts; ++j) after[j] = last_after[j];
     } else {
       for (int j = 0; j < counts; ++j) after[j] = before[j];
-      if (counts > 0) after[0].value = after[0].rounded(after[0].value + 1);
-      const double t = Rule::kCounts > 0 ? after[0].value : slot.fresh ? 1 : 2;
       const auto value = [](const Number& number) { return number.value; };
-      advanced[i].k =
-          Rule::template advance<T>(options_of<Rule>(work.groups[slot.group], value), t, after + 1);
-      advanced[i].seed = seed_of(after[0].value);
+      advanced[i] = advance_slot<Rule, T>(options_of<Rule>(work.groups[slot.group], value),
+                                          slot.fresh, counts, after);
     }
     last = &slot;
     for (int j = 0; j < counts; ++j) {
@@ -242,7 +231,6 @@ void advance(const Work& work, Advanced<Rule, T>* advanced) {
 
 template <class Rule, int kStates, class T>
 void apply(const Work& work) {
-  static_assert(sizeof(Advanced<Rule, T>) <= kScalarBytes);
   auto* const advanced = static_cast<Advanced<Rule, T>*>(work.scalars);
   advance<Rule, T>(work, advanced);
   // From a chunk's slot, or one before it, to that slot.

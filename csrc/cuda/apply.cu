@@ -2,8 +2,8 @@
 //
 // A step copies nothing to the device and waits for nothing: what only the host knows rides in
 // advance's arguments, and advance leaves in device memory what update reads. So a captured graph
-// holds the whole step. No thread waits for another either, which lets the tests run this very
-// source on the host, one thread after another.
+// holds the whole step. No thread waits for another either, but for lanes of one warp where they
+// look for a block's largest number: which lets the tests run this very source on the host.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -12,6 +12,7 @@
 
 #include "apply.h"
 #include "device.h"
+#include "vector.h"
 
 namespace fastopt::cuda {
 namespace {
@@ -29,6 +30,7 @@ struct Work {
   float* grad_scale;
   int64_t slot_count;
   int64_t chunk_count;
+  int counts;
   Format format[kMaxPlaces];
 };
 
@@ -71,18 +73,17 @@ __global__ void advance(const __grid_constant__ Batch batch) {
   if (batch.first_slot + i == 0) *work.grad_scale = static_cast<float>(read(batch.grad_scale));
 
   Slot slot = batch.slots[i];
-  Count counts[Rule::kCounts + 1];  // one more than needed: C++ has no arrays of zero elements
-  for (int j = 0; j < Rule::kCounts; ++j) {
-    counts[j] = read_count(slot.data[count_place(j)], work.format[count_place(j)]);
+  constexpr int kMost = kMostCounts<Rule>;
+  const int count = Rule::kCounts > 0 ? Rule::kCounts : work.counts;
+  Count counts[kMost] = {};
+  for (int j = 0; j < kMost; ++j) {
+    if (j < count) counts[j] = read_count(slot.data[count_place(j)], work.format[count_place(j)]);
   }
-  double t = slot.fresh ? 1 : 2;
-  if constexpr (Rule::kCounts > 0) t = counts[0].value = counts[0].rounded(counts[0].value + 1);
-  auto* const scalars = static_cast<typename Rule::template Scalars<T>*>(work.scalars);
-  scalars[batch.first_slot + i] = Rule::template advance<T>(
-      options_of<Rule>(batch.groups[slot.group], [](const Number& n) { return read(n); }), t,
-      counts + 1);
-  for (int j = 0; !skip && j < Rule::kCounts; ++j) {
-    write_count(slot.data[count_place(j)], counts[j]);
+  static_cast<Advanced<Rule, T>*>(work.scalars)[batch.first_slot + i] = advance_slot<Rule, T>(
+      options_of<Rule>(batch.groups[slot.group], [](const Number& n) { return read(n); }),
+      slot.fresh, count, counts);
+  for (int j = 0; j < kMost; ++j) {
+    if (!skip && j < count) write_count(slot.data[count_place(j)], counts[j]);
   }
 
   if (slot.layout != kDense) {
@@ -94,186 +95,512 @@ __global__ void advance(const __grid_constant__ Batch batch) {
   work.slots[batch.first_slot + i] = slot;
 }
 
-// What a format is in C++: calls use with an element of it.
-template <class T, class Use>
-__device__ void with_type(Format format, Use use) {
-  if constexpr (std::is_same_v<T, double>) {
-    use(double());
-  } else {
-    switch (format) {
-      case Format::kFloat32: return use(float());
-      case Format::kBFloat16: return use(BFloat16());
-      case Format::kFloat16: return use(Float16());
-      default: return;  // kFloat64 goes with double only: add_slot has checked
-    }
+// States of a rule that can be narrow: where another is in use, none is.
+template <class Rule>
+constexpr int narrow_states() {
+  int count = -Rule::kCounts;
+  for (const State& state : Rule::kStates) count += state.narrow != Narrow::kExact;
+  return count;
+}
+
+// What an instance of update knows of its tables' formats when it is compiled, and how it is laid
+// out: of each tensor a thread moves so many pieces at a time, of so many elements. The loads of
+// all threads that a multiprocessor holds are to be 48 KiB: they hide the latency of memory. (The
+// compiler shares out 65,536 registers among them.)
+
+// Those of parameters, gradients and states.
+template <Format kParamFormat, Format kGradFormat, Format kStateFormat>
+struct Known {
+  using Arithmetic = std::conditional_t<kParamFormat == Format::kFloat64, double, float>;
+  static constexpr bool kBlocks = false, kOpen = false;
+  static constexpr bool kMaySplit = kParamFormat == Format::kSplit;
+
+  // Whether tables can be of these formats; without states they have only one name.
+  static constexpr bool occur(int states, int narrow_states) {
+    if (states == 0) return kStateFormat == (kMaySplit ? Format::kFloat32 : kParamFormat);
+    return !is_random(kStateFormat) || states <= narrow_states;
   }
-}
+  FASTOPT_RULE static Format at(const Work&, int place, int states) {
+    if (place == kState + states) return Format::kRemainder;
+    return place == kParam ? kParamFormat : place == kGrad ? kGradFormat : kStateFormat;
+  }
+  static bool fit(const Table& table) {
+    bool all = true;
+    for (int i = 0; i < kState + table.states; ++i) {
+      all = all && table.format[i] == at({}, i, table.states);
+    }
+    return all;
+  }
 
-template <class T>
-__device__ T load(const void* data, Format format, int64_t at) {
-  T value{};
-  with_type<T>(format, [&](auto e) { value = widen(static_cast<const decltype(e)*>(data)[at]); });
-  return value;
-}
+  // 16 bytes of the widest tensor.
+  FASTOPT_RULE static constexpr int piece(int states) {
+    int widest = bytes_of(kParamFormat);
+    if (widest < bytes_of(kGradFormat)) widest = bytes_of(kGradFormat);
+    if (states > 0 && widest < bytes_of(kStateFormat)) widest = bytes_of(kStateFormat);
+    return 16 / widest;
+  }
+  // Where float64 is computed with, fewer threads have room.
+  FASTOPT_RULE static constexpr int pieces(int states) {
+    const int least = kParamFormat == Format::kFloat64 ? 96 : 64;
+    int count = 1;
+    while (count * piece_bytes(states) < least) count *= 2;
+    return count;
+  }
+  FASTOPT_RULE static constexpr int resident_blocks(int states) {
+    return pieces(states) * piece_bytes(states) < 96 ? 3 : 2;
+  }
 
-template <class T>
-__device__ void store(void* data, Format format, int64_t at, T value) {
-  with_type<T>(format,
-               [&](auto e) { static_cast<decltype(e)*>(data)[at] = narrow<decltype(e)>(value); });
-}
-
-// A few elements of one tensor, at most 16 bytes, between memory and arithmetic.
-struct Vector {
-  uint4 words;
+ private:
+  FASTOPT_RULE static constexpr int piece_bytes(int states) {
+    const int element = bytes_of(kParamFormat) + bytes_of(kGradFormat) +
+                        states * bytes_of(kStateFormat) +
+                        (kMaySplit ? bytes_of(Format::kRemainder) : 0);
+    return piece(states) * element;
+  }
 };
 
-template <class E, int N>
-using Words = std::conditional_t<N * sizeof(E) == 16, uint4, uint2>;
+// None, but for whether states are in blocks: serves the rest.
+template <bool kInBlocks>
+struct Any {
+  using Arithmetic = float;
+  static constexpr bool kBlocks = kInBlocks, kOpen = true;
+  static constexpr bool kMaySplit = true;
 
-// All of it passes through the cache once: the next step comes after a model's forward and backward
-// pass.
-template <int N, class T>
-__device__ Vector load_vector(const void* data, Format format, int64_t at) {
-  Vector vector;
-  with_type<T>(format, [&](auto e) {
-    using W = Words<decltype(e), N>;
-    const W* from = reinterpret_cast<const W*>(static_cast<const decltype(e)*>(data) + at);
-    const W words = __ldcs(from);
-    memcpy(&vector.words, &words, sizeof words);
-  });
-  return vector;
-}
-
-template <int N, class T>
-__device__ void unpack(const Vector& vector, Format format, T* to) {
-  with_type<T>(format, [&](auto e) {
-    decltype(e) values[N];
-    memcpy(values, &vector.words, sizeof values);
-    for (int i = 0; i < N; ++i) to[i] = widen(values[i]);
-  });
-}
-
-template <int N, class T>
-__device__ void store_vector(void* data, Format format, int64_t at, const T* from) {
-  with_type<T>(format, [&](auto e) {
-    using W = Words<decltype(e), N>;
-    decltype(e) values[N];
-    for (int i = 0; i < N; ++i) values[i] = narrow<decltype(e)>(from[i]);
-    W words;
-    memcpy(&words, values, sizeof words);
-    __stcs(reinterpret_cast<W*>(static_cast<decltype(e)*>(data) + at), words);
-  });
-}
-
-// What all tensors of a table are stored as; where they differ, each is asked for its format.
-enum class Storage { kFloat32, kFloat64, kBFloat16, kFloat16, kMixed };
-
-FASTOPT_RULE constexpr int vector_size(Storage storage) {
-  return storage == Storage::kFloat64                                    ? 2
-         : storage == Storage::kBFloat16 || storage == Storage::kFloat16 ? 8
-                                                                         : 4;
-}
-
-// Blocks that a multiprocessor holds at once, for which the compiler shares out 65,536 registers:
-// 768 threads with 64 bytes each on their way (AdamW in float32) hide the latency of memory.
-FASTOPT_RULE constexpr int resident_blocks(Storage storage, int states) {
-  return storage == Storage::kFloat64 || storage == Storage::kMixed || states == 3 ? 2 : 3;
-}
-
-// Where element i of a slot lies in each of its tensors.
-template <int kCount>
-__device__ void find_element(const Work& work, const Slot& slot, int64_t i, int64_t (&at)[kCount]) {
-  for (int j = 0; j < kCount; ++j) at[j] = slot.layout == kDense ? i : 0;
-  if (slot.layout == kDense) return;
-  const int64_t* const layout = work.layouts + slot.layout;
-  const Layout common = layout_of(layout, kParam);
-  for (int64_t d = common.ndim - 1; d >= 0; --d) {
-    const int64_t outer = i / common.shape[d];
-    const int64_t index = i - outer * common.shape[d];
-    for (int j = 0; j < kCount; ++j) at[j] += index * layout_of(layout, j).stride[d];
-    i = outer;
+  static constexpr bool occur(int states, int narrow_states) {
+    return !kBlocks || (states > 0 && states <= narrow_states);
   }
-}
-
-// The rule on N elements, x[j] being those of tensor j.
-template <class Rule, class T, int kStates, int N>
-__device__ void update_elements(const typename Rule::template Scalars<T>& k, T grad_scale,
-                                T (&x)[kState + kStates][N]) {
-  if (grad_scale != T(1)) {
-    for (int i = 0; i < N; ++i) x[kGrad][i] /= grad_scale;
+  FASTOPT_RULE static Format at(const Work& work, int place, int states) {
+    return place == kState + states ? Format::kRemainder : work.format[place];
   }
-  for (int i = 0; i < N; ++i) {
-    T s[kStates + 1];  // one more than needed: C++ has no arrays of zero elements
-    for (int j = 0; j < kStates; ++j) s[j] = x[kState + j][i];
-    Rule::template update<T, kStates>(k, x[kParam][i], x[kGrad][i], s);
-    for (int j = 0; j < kStates; ++j) x[kState + j][i] = s[j];
+  static bool fit(const Table& table) {
+    return (table.states > 0 && is_block(table.format[kState])) == kBlocks;
   }
-}
 
-// A block's turn at the chunk that begins at an element of the slot.
-template <class Rule, class T, int kStates, Storage kStorage>
-__device__ void update_chunk(const Work& work, const Slot& slot,
-                             const typename Rule::template Scalars<T>& k, T grad_scale,
-                             int64_t begin) {
-  constexpr int kCount = kState + kStates;
-  constexpr int kSize = vector_size(kStorage);
-  const auto format = [&](int j) {
-    return kStorage == Storage::kMixed ? work.format[j] : static_cast<Format>(kStorage);
-  };
-  const auto written = [&](int j) { return j != kGrad || grad_scale != T(1); };
-  const int64_t rest = slot.numel - begin;
+  FASTOPT_RULE static constexpr int piece(int) { return kAnyPiece; }
+  FASTOPT_RULE static constexpr int pieces(int states) {
+    return kBlocks ? (states < 3 ? 4 : 2) : states < 2 ? 4 : states < 3 ? 2 : 1;
+  }
+  FASTOPT_RULE static constexpr int resident_blocks(int) { return 2; }
+};
+
+// One slot as the threads of update see it.
+template <class Rule, int kOfRule, class Formats>
+struct Turn {
+  using T = typename Formats::Arithmetic;
+  static constexpr int kStates = kOfRule;
+  static constexpr int kCount = kState + kStates;  // tensors that the rule knows
+  static constexpr int kTensors = kCount + Formats::kMaySplit;
+  static constexpr int kPiece = Formats::piece(kStates), kPieces = Formats::pieces(kStates);
+
+  const Work& work;
+  const Slot& slot;
+  const Advanced<Rule, T> advanced;
+  const T grad_scale;
+  void* data[kTensors];  // copies: for all the compiler knows, a store could change the slot
+
+  __device__ Turn(const Work& work, const Slot& slot, const Advanced<Rule, T>& advanced,
+                  T grad_scale)
+      : work(work), slot(slot), advanced(advanced), grad_scale(grad_scale) {
+#pragma unroll
+    for (int j = 0; j < kTensors; ++j) data[j] = slot.data[j];
+  }
+
+  __device__ Format format(int j) const { return Formats::at(work, j, kStates); }
+  __device__ int count() const { return kCount + (format(kParam) == Format::kSplit); }
+  __device__ bool exists(int j) const { return j < kCount || format(kParam) == Format::kSplit; }
+  __device__ bool is_written(int j) const {
+    return exists(j) && (j != kGrad || grad_scale != T(1));
+  }
+  static constexpr __device__ Role role(int j) {
+    return j == kParam        ? Role::kParam
+           : j == kGrad       ? Role::kGrad
+           : j == kCount      ? Role::kRemainder
+           : Formats::kBlocks ? Role::kBlocks
+                              : Role::kState;
+  }
+  static constexpr __device__ bool is_in_blocks(int j) { return role(j) == Role::kBlocks; }
+  static constexpr __device__ bool is_open(int j) {
+    return role(j) != Role::kBlocks && role(j) != Role::kRemainder;
+  }
+  // Which of the rule's numbers a tensor holds.
+  static constexpr __device__ int number_in(int j) { return j < kCount ? j : kParam; }
+
+  // Where element i lies in each tensor, and last its index in the whole parameter.
+  __device__ void find_element(int64_t i, int64_t (&at)[kTensors + 1]) const {
+    const bool is_dense = slot.layout == kDense;
+    for (int64_t& j : at) j = is_dense ? i : 0;
+    if (!is_dense) {
+      const int64_t* const layout = work.layouts + slot.layout;
+      const Layout common = layout_of(layout, kParam);
+#pragma unroll 1
+      for (int64_t d = common.ndim - 1; d >= 0; --d) {
+        const int64_t outer = i / common.shape[d];
+        const int64_t index = i - outer * common.shape[d];
+#pragma unroll
+        for (int j = 0; j < kTensors; ++j) {
+          if (exists(j)) at[j] += index * layout_of(layout, j).stride[d];
+        }
+        at[kTensors] += index * layout_of(layout, count()).stride[d];
+        i = outer;
+      }
+    }
+    at[kTensors] += slot.first_index;
+  }
+
+  template <int N>
+  __device__ Vector load(int j, int64_t at) const {
+    return cuda::load<N, T>(data[j], role(j), format(j), at);
+  }
+  template <int N>
+  __device__ void store(int j, int64_t at, const Vector& vector) const {
+    cuda::store<N, T>(data[j], role(j), format(j), at, vector);
+  }
+  template <int N>
+  __device__ void unpack(int j, const Vector& vector, int first, uint32_t base, T* to) const {
+    if constexpr (Formats::kOpen && !Formats::kBlocks) {
+      if (role(j) != Role::kBlocks && role(j) != Role::kRemainder) {
+        const Numbers numbers = unpack_any(vector, format(j));
+#pragma unroll
+        for (int i = 0; i < N; ++i) to[i] = numbers.x[i];
+        return;
+      }
+    }
+    cuda::unpack<N>(vector, first, role(j), format(j), base, to);
+  }
+  template <int N>
+  __device__ void pack(int j, const T* from, uint32_t base, uint32_t index, int first,
+                       Vector& vector) const {
+    const Rounding rounding{key_of(advanced.seed, j), base};
+    if constexpr (Formats::kOpen) {
+      if (role(j) != Role::kRemainder) {
+        Numbers numbers{};
+#pragma unroll
+        for (int i = 0; i < N; ++i) numbers.x[i] = from[i];
+        vector = is_in_blocks(j) ? pack_codes(numbers, format(j), rounding, index)
+                                 : pack_any(numbers, format(j), rounding.key, index);
+        return;
+      }
+    }
+    cuda::pack<N>(from, role(j), format(j), rounding, index, first, vector);
+  }
+
+  __device__ void skip(int j, int64_t count) {
+    data[j] = static_cast<char*>(data[j]) + count * bytes_of(format(j));
+  }
+
+  // The same with memory; of read, one element.
+  __device__ void read(int j, int64_t at, uint32_t base, T& to) const {
+    unpack<1>(j, load<1>(j, at), 0, base, &to);
+  }
+  template <int N>
+  __device__ void write(int j, int64_t at, const T* from, uint32_t base, uint32_t index) const {
+    Vector vector;
+    pack<N>(j, from, base, index, 0, vector);
+    store<N>(j, at, vector);
+  }
+
+  // The rule on N elements, x[j] being those of tensor j.
+  template <int N>
+  __device__ void update(T (&x)[kCount][N]) const {
+    if (grad_scale != T(1)) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) x[kGrad][i] /= grad_scale;
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      T s[kStates + 1];  // one more than needed: C++ has no arrays of zero elements
+#pragma unroll
+      for (int j = 0; j < kStates; ++j) s[j] = x[kState + j][i];
+      Rule::template update<T, kStates>(advanced.k, x[kParam][i], x[kGrad][i], s);
+#pragma unroll
+      for (int j = 0; j < kStates; ++j) x[kState + j][i] = s[j];
+    }
+  }
+};
+
+// A block's turn at a chunk of a slot.
+template <class Rule, int kStates, class Formats>
+__device__ void update_chunk(Turn<Rule, kStates, Formats>& turn, int64_t chunk) {
+  using Turn = Turn<Rule, kStates, Formats>;
+  using T = typename Turn::T;
+  constexpr int kCount = Turn::kCount, kTensors = Turn::kTensors;
+  constexpr int kPiece = Turn::kPiece, kPieces = Turn::kPieces;
+  const int64_t begin = chunk * kChunk;
+  const int64_t rest = turn.slot.numel - begin;
   if (rest <= 0) return;  // the step is skipped
   const int n = static_cast<int>(rest < kChunk ? rest : kChunk);
 
-  void* data[kCount];  // copies: for all the compiler knows, a store could change the slot
-  uintptr_t addresses = 0;
-  for (int j = 0; j < kCount; ++j) {
-    data[j] = slot.data[j];
-    addresses |= reinterpret_cast<uintptr_t>(data[j]);
+  // Elements before the first at which a piece of each tensor is aligned, then those in pieces.
+  const auto address = [&](int j) {
+    return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(turn.data[j]));
+  };
+  const uint32_t param_bytes = bytes_of(turn.format(kParam));
+  int head = static_cast<int>((0 - address(kParam)) % (kPiece * param_bytes) / param_bytes);
+  bool is_aligned = turn.slot.layout == kDense && head < n;
+#pragma unroll
+  for (int j = 0; j < kTensors; ++j) {
+    const uint32_t bytes = bytes_of(turn.format(j));
+    if (turn.exists(j)) is_aligned &= (address(j) + head * bytes) % (kPiece * bytes) == 0;
   }
-  const bool aligned = slot.layout == kDense && addresses % 16 == 0;
-  const int in_vectors = aligned ? n / kSize * kSize : 0;
+  const int in_pieces = is_aligned ? (n - head) / kPiece * kPiece : 0;
 
+  // What is before and after them, or all where there are none.
 #pragma unroll 1
-  for (int i = threadIdx.x * kSize; i < in_vectors; i += kThreads * kSize) {
-    Vector vectors[kCount];
-    for (int j = 0; j < kCount; ++j) {
-      vectors[j] = load_vector<kSize, T>(data[j], format(j), begin + i);
+  for (int left = threadIdx.x; left < n - in_pieces; left += kThreads) {
+    const int i = left < head ? left : left + in_pieces;
+    int64_t at[kTensors + 1];
+    turn.find_element(begin + i, at);
+    T x[kCount][1];
+#pragma unroll
+    for (int j = 0; j < kTensors; ++j) {
+      if (!turn.exists(j)) continue;
+      turn.read(j, at[j], 0, x[Turn::number_in(j)][0]);
     }
-    T x[kCount][kSize];
-    for (int j = 0; j < kCount; ++j) unpack<kSize>(vectors[j], format(j), x[j]);
-    update_elements<Rule, T, kStates>(k, grad_scale, x);
-    for (int j = 0; j < kCount; ++j) {
-      if (written(j)) store_vector<kSize>(data[j], format(j), begin + i, x[j]);
+    turn.update(x);
+    const uint32_t index = static_cast<uint32_t>(at[kTensors]);
+#pragma unroll
+    for (int j = 0; j < kTensors; ++j) {
+      if (!turn.is_written(j)) continue;
+      turn.template write<1>(j, at[j], x[Turn::number_in(j)], 0, index);
     }
   }
-  // What is left of an aligned chunk, or all of another.
+  // From here on, elements are counted from the first in a piece: fewer registers are in use.
+  const uint32_t first_index = turn.slot.first_index + static_cast<uint32_t>(begin + head);
+#pragma unroll
+  for (int j = 0; j < kTensors; ++j) turn.skip(j, begin + head);
 #pragma unroll 1
-  for (int i = in_vectors + threadIdx.x; i < n; i += kThreads) {
-    int64_t at[kCount];
-    find_element(work, slot, begin + i, at);
-    T x[kCount][1];
-    for (int j = 0; j < kCount; ++j) x[j][0] = load<T>(data[j], format(j), at[j]);
-    update_elements<Rule, T, kStates>(k, grad_scale, x);
-    for (int j = 0; j < kCount; ++j) {
-      if (written(j)) store(data[j], format(j), at[j], x[j][0]);
+  for (int i = threadIdx.x * kPiece; i < in_pieces; i += kThreads * kPiece * kPieces) {
+    constexpr int kStride = kThreads * kPiece;  // from a thread's piece to its next
+    const auto has = [&](int q) { return q == 0 || i + q * kStride < in_pieces; };
+    Vector vectors[kTensors][kPieces];
+#pragma unroll
+    for (int j = 0; j < kTensors; ++j) {
+#pragma unroll
+      for (int q = 0; q < kPieces; ++q) {
+        if (turn.exists(j) && has(q)) {
+          vectors[j][q] = turn.template load<kPiece>(j, i + q * kStride);
+        }
+      }
+    }
+#pragma unroll
+    for (int q = 0; q < kPieces; ++q) {
+      if (!has(q)) continue;
+      constexpr int kGroup = kPiece < 4 ? kPiece : 4;  // there are registers for no more at a time
+#pragma unroll
+      for (int g = 0; g < kPiece; g += kGroup) {
+        T x[kCount][kGroup];
+#pragma unroll
+        for (int j = 0; j < kTensors; ++j) {
+          if (!turn.exists(j)) continue;
+          turn.template unpack<kGroup>(j, vectors[j][q], g, 0, x[Turn::number_in(j)]);
+        }
+        turn.update(x);
+        const uint32_t index = first_index + i + q * kStride + g;
+#pragma unroll
+        for (int j = 0; j < kTensors; ++j) {
+          if (!turn.is_written(j)) continue;
+          turn.template pack<kGroup>(j, x[Turn::number_in(j)], 0, index, g, vectors[j][q]);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kTensors; ++j) {
+        if (turn.is_written(j)) turn.template store<kPiece>(j, i + q * kStride, vectors[j][q]);
+      }
+    }
+  }
+}
+
+// What a block's scale stands for, by the kind of block.
+__device__ uint32_t base_in(Format format, uint32_t scale) {
+  return format == Format::kBlockSigned ? base_of<BlockSigned>(scale)
+                                        : base_of<BlockUnsigned>(scale);
+}
+__device__ uint32_t scale_in(Format format, uint32_t largest) {
+  return format == Format::kBlockSigned ? scale_of<BlockSigned>(largest)
+                                        : scale_of<BlockUnsigned>(largest);
+}
+
+// The largest of what so many neighbouring lanes bring, a power of two.
+__device__ uint32_t largest_among(int lanes, uint32_t largest) {
+  for (int mask = lanes / 2; mask > 0; mask /= 2) {
+    const uint32_t other = __shfl_xor_sync(0xffffffff, largest, mask);
+    largest = other > largest ? other : largest;
+  }
+  return largest;
+}
+
+// A block of numbers in every state of a slot, and the lane of those that take it.
+template <class Turn>
+struct Block {
+  const Turn& turn;
+  int64_t begin;  // its first element
+  int n;          // how many there are: none where there is nothing left for the lane
+  int lanes, lane;
+  int64_t scale_at;
+  // Of its scales, as they are read and as they are written; of tensors in no blocks 0.
+  uint32_t base[Turn::kTensors] = {}, next_base[Turn::kTensors] = {};
+
+  // A lane's own block of the chunk's, from the one after `passed` on. (All is read anew from the
+  // slot: a kernel has too few registers to remember it.)
+  __device__ Block(const Turn& turn, int64_t chunk, int passed, int lanes)
+      : turn(turn), lanes(lanes), lane(threadIdx.x % lanes) {
+    const Blocks blocks(turn.slot.numel, turn.slot.rows);
+    const int64_t in_chunk = blocks_in_chunk(blocks), first = chunk * in_chunk;
+    const int own = passed + threadIdx.x / lanes;
+    const bool exists = own < in_chunk && first + own < turn.slot.rows * blocks.in_row;
+    const int64_t block = first + (exists ? own : 0);
+    const int64_t rest = blocks.row - block % blocks.in_row * kBlock;
+    begin = blocks.begin(block);
+    n = !exists ? 0 : rest < kBlock ? static_cast<int>(rest) : static_cast<int>(kBlock);
+    scale_at = turn.slot.numel + block;
+#pragma unroll
+    for (int j = kState; j < Turn::kCount; ++j) base[j] = base_in(turn.format(j), *scale(j));
+  }
+
+  __device__ uint8_t* scale(int j) const { return static_cast<uint8_t*>(turn.data[j]) + scale_at; }
+
+  // Takes for each state's scale one for the largest magnitudes that the lanes have seen.
+  __device__ void rescale(const uint32_t (&largest)[Turn::kCount]) {
+#pragma unroll
+    for (int j = kState; j < Turn::kCount; ++j) {
+      const Format format = turn.format(j);
+      const uint32_t next = scale_in(format, largest_among(lanes, largest[j]));
+      next_base[j] = base_in(format, next);
+      if (n > 0 && lane == 0) *scale(j) = static_cast<uint8_t>(next);
+    }
+  }
+};
+
+// Likewise where states are in blocks, of which a warp takes several.
+template <class Rule, int kStates, class Formats>
+__device__ void update_blocks(const Turn<Rule, kStates, Formats>& turn, int64_t chunk) {
+  using Turn = Turn<Rule, kStates, Formats>;
+  constexpr int kCount = Turn::kCount, kTensors = Turn::kTensors;
+  constexpr int kPiece = Turn::kPiece, kPieces = Turn::kPieces;
+  const Slot& slot = turn.slot;
+  if (slot.numel == 0) return;  // the step is skipped
+  const Blocks blocks(slot.numel, slot.rows);
+  const int count = static_cast<int>(blocks_in_chunk(blocks));
+  // Of short rows vectors would leave most lanes idle.
+  bool in_vectors = slot.layout == kDense && blocks.row % kPiece == 0 && blocks.row >= kBlock / 2;
+#pragma unroll
+  for (int j = 0; j < kTensors; ++j) {
+    const int bytes = kPiece * bytes_of(turn.format(j));
+    if (turn.exists(j)) in_vectors &= reinterpret_cast<uintptr_t>(turn.data[j]) % bytes == 0;
+  }
+
+  if (in_vectors) {
+    constexpr int kLanes = kBlock / (kPiece * kPieces);
+    constexpr int kStride = kLanes * kPiece;  // from a lane's piece to its next
+#pragma unroll 1
+    for (int next = 0; next < count; next += kThreads / kLanes) {
+      Block<Turn> block(turn, chunk, next, kLanes);
+      const int64_t at = block.begin + block.lane * kPiece;
+      const auto has = [&](int q) { return block.lane * kPiece + q * kStride < block.n; };
+      Vector vectors[kTensors][kPieces] = {};
+#pragma unroll
+      for (int j = 0; j < kTensors; ++j) {
+#pragma unroll
+        for (int q = 0; q < kPieces; ++q) {
+          if (!turn.exists(j) || !has(q)) continue;
+          vectors[j][q] = turn.template load<kPiece>(j, at + q * kStride);
+        }
+      }
+      float x[kPieces][kCount][kPiece];
+      uint32_t largest[kCount] = {};
+      const auto store = [&](int j, int q) {
+        const uint32_t index = slot.first_index + static_cast<uint32_t>(at) + q * kStride;
+        turn.template write<kPiece>(j, at + q * kStride, x[q][Turn::number_in(j)],
+                                    block.next_base[j], index);
+      };
+#pragma unroll
+      for (int q = 0; q < kPieces; ++q) {
+#pragma unroll
+        for (int j = 0; j < kTensors; ++j) {
+          if (!turn.exists(j)) continue;
+          turn.template unpack<kPiece>(j, vectors[j][q], 0, block.base[j],
+                                       x[q][Turn::number_in(j)]);
+        }
+        turn.update(x[q]);
+#pragma unroll
+        for (int j = 0; j < kTensors; ++j) {
+          if (!Turn::is_in_blocks(j) && turn.is_written(j) && has(q)) store(j, q);
+        }
+#pragma unroll
+        for (int j = kState; j < kCount; ++j) {
+#pragma unroll
+          for (int i = 0; i < kPiece; ++i) {
+            const uint32_t magnitude = has(q) ? magnitude_of(x[q][j][i]) : 0;
+            largest[j] = magnitude > largest[j] ? magnitude : largest[j];
+          }
+        }
+      }
+      block.rescale(largest);
+#pragma unroll
+      for (int j = kState; j < kCount; ++j) {
+#pragma unroll
+        for (int q = 0; q < kPieces; ++q) {
+          if (has(q)) store(j, q);
+        }
+      }
+    }
+    return;
+  }
+
+  // Element by element, twice: first only to find the largest.
+  int lanes = 1;
+  while (lanes < 32 && lanes * kPiece < blocks.row) lanes *= 2;
+#pragma unroll 1
+  for (int next = 0; next < count; next += kThreads / lanes) {
+    Block<Turn> block(turn, chunk, next, lanes);
+    uint32_t largest[kCount] = {};
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) {
+#pragma unroll 1
+      for (int i = block.lane; i < block.n; i += lanes) {
+        int64_t at[kTensors + 1];
+        turn.find_element(block.begin + i, at);
+        float x[kCount][1];
+#pragma unroll
+        for (int j = 0; j < kTensors; ++j) {
+          if (!turn.exists(j)) continue;
+          turn.read(j, at[j], block.base[j], x[Turn::number_in(j)][0]);
+        }
+        turn.update(x);
+#pragma unroll
+        for (int j = kState; pass == 0 && j < kCount; ++j) {
+          const uint32_t magnitude = magnitude_of(x[j][0]);
+          largest[j] = magnitude > largest[j] ? magnitude : largest[j];
+        }
+        const uint32_t index = static_cast<uint32_t>(at[kTensors]);
+#pragma unroll
+        for (int j = 0; pass == 1 && j < kTensors; ++j) {
+          if (!turn.is_written(j)) continue;
+          turn.template write<1>(j, at[j], x[Turn::number_in(j)], block.next_base[j], index);
+        }
+      }
+      if (pass == 0) block.rescale(largest);
     }
   }
 }
 
 // Phase two: as many blocks as the device holds take turns at all the chunks of the table.
-template <class Rule, class T, int kStates, Storage kStorage>
-__global__ void __launch_bounds__(kThreads, resident_blocks(kStorage, kStates))
+template <class Rule, int kStates, class Formats>
+__global__ void __launch_bounds__(kThreads, Formats::resident_blocks(kStates))
     update(const __grid_constant__ Work work) {
-  using Scalars = typename Rule::template Scalars<T>;
+  using T = typename Formats::Arithmetic;
   const T grad_scale = *work.grad_scale;
   int64_t i = 0;
   for (int64_t chunk = blockIdx.x; chunk < work.chunk_count; chunk += gridDim.x) {
     i = slot_of_chunk(work.slots, work.slot_count, i, chunk);
     const Slot& slot = work.slots[i];
-    const Scalars k = static_cast<const Scalars*>(work.scalars)[i];
-    update_chunk<Rule, T, kStates, kStorage>(work, slot, k, grad_scale,
-                                             (chunk - slot.first_chunk) * kChunk);
+    Turn<Rule, kStates, Formats> turn(
+        work, slot, static_cast<const Advanced<Rule, T>*>(work.scalars)[i], grad_scale);
+    if constexpr (Formats::kBlocks) {
+      update_blocks(turn, chunk - slot.first_chunk);
+    } else {
+      update_chunk(turn, chunk - slot.first_chunk);
+    }
   }
 }
 
@@ -328,40 +655,44 @@ void advance_all(const Table& table, const Group* groups, Batch& batch, void* st
   send();
 }
 
-template <class Rule, class T, int kStates>
-auto* update_kernel(Storage storage) {
-  if constexpr (std::is_same_v<T, double>) {
-    return update<Rule, double, kStates, Storage::kFloat64>;
+template <class Rule, int kStates, class Formats>
+bool launch_update(const Table& table, const Work& work, void* stream) {
+  if constexpr (Formats::occur(kStates, narrow_states<Rule>())) {
+    if (!Formats::fit(table)) return false;
+    const int64_t blocks = Formats::resident_blocks(kStates) * multiprocessors(table.device);
+    launch(update<Rule, kStates, Formats>, std::min(blocks, work.chunk_count), kThreads, stream,
+           work);
+    return true;
   } else {
-    switch (storage) {
-      case Storage::kFloat32: return update<Rule, float, kStates, Storage::kFloat32>;
-      case Storage::kBFloat16: return update<Rule, float, kStates, Storage::kBFloat16>;
-      case Storage::kFloat16: return update<Rule, float, kStates, Storage::kFloat16>;
-      default: return update<Rule, float, kStates, Storage::kMixed>;
-    }
+    return false;
   }
 }
 
-template <class Rule, class T, int kStates = Rule::kFewestStates>
+// The first of these instances that fits.
+template <class Rule, int kStates, class... Formats>
+void launch_first(const Table& table, const Work& work, void* stream) {
+  (void)(launch_update<Rule, kStates, Formats>(table, work, stream) || ...);
+}
+
+template <class Rule, int kStates = Rule::kFewestStates>
 void update_all(const Table& table, const Work& work, void* stream) {
   if (table.states == kStates) {
-    const Format* const last = table.format + kState + kStates;
-    const bool mixed =
-        std::any_of(table.format, last, [&](Format d) { return d != *table.format; });
-    const Storage storage = mixed ? Storage::kMixed : static_cast<Storage>(*table.format);
-    const int64_t blocks = resident_blocks(storage, kStates) * multiprocessors(table.device);
-    launch(update_kernel<Rule, T, kStates>(storage), std::min(blocks, work.chunk_count), kThreads,
-           stream, work);
+    constexpr Format k32 = Format::kFloat32, k64 = Format::kFloat64, kB16 = Format::kBFloat16,
+                     kF16 = Format::kFloat16, kS16 = Format::kBFloat16Stochastic,
+                     kSplit = Format::kSplit;
+    launch_first<Rule, kStates, Known<k32, k32, k32>, Known<k64, k64, k64>, Known<kB16, kB16, kB16>,
+                 Known<kF16, kF16, kF16>, Known<k32, k32, kS16>, Known<kSplit, kB16, k32>,
+                 Known<kSplit, kB16, kS16>, Known<kB16, kB16, k32>, Any<false>, Any<true>>(
+        table, work, stream);
   } else if constexpr (kStates < kMostStates<Rule>) {
-    update_all<Rule, T, kStates + 1>(table, work, stream);
+    update_all<Rule, kStates + 1>(table, work, stream);
   }
 }
 
 template <class Rule, class T>
 void apply_as(const Table& table, const Group* groups, Batch& batch, void* stream) {
-  static_assert(sizeof(typename Rule::template Scalars<T>) <= kScalarBytes);
   advance_all<Rule, T>(table, groups, batch, stream);
-  if (table.chunk_count > 0) update_all<Rule, T>(table, batch.work, stream);
+  if (table.chunk_count > 0) update_all<Rule>(table, batch.work, stream);
 }
 
 template <class Rule>
@@ -392,6 +723,7 @@ void apply(int rule, const Table& table, const Group* groups, const Number& foun
   Work& work = batch.work;
   work.slot_count = static_cast<int64_t>(table.slots.size());
   work.chunk_count = table.chunk_count;
+  work.counts = table.counts;
   std::copy(std::begin(table.format), std::end(table.format), work.format);
   work.slots = static_cast<Slot*>(scratch);
   work.scalars = work.slots + work.slot_count;

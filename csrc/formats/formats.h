@@ -32,4 +32,9 @@ FASTOPT_RULE constexpr bool is_block(Format format) {
   return format == Format::kBlockSigned || format == Format::kBlockUnsigned;
 }
 
+// Of one number.
+FASTOPT_RULE constexpr int bytes_of(Format format) {
+  return format == Format::kFloat64 ? 8 : format == Format::kFloat32 ? 4 : is_block(format) ? 1 : 2;
+}
+
 }  // namespace fastopt

@@ -18,6 +18,7 @@
 #define __host__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __noinline__
 
 struct dim3 {
   constexpr dim3(unsigned x = 1) : x(x) {}

@@ -37,6 +37,17 @@ def fastopt(params: list[Parameter], name: str, **options: Any) -> Optimizer:
     return getattr(fastopt, name)(params, **{"lr": LR} | options)
 
 
+def keeping(**formats: str) -> Callable[..., Optimizer]:
+    """Ours with states or weights kept in these formats."""
+
+    def make(params: list[Parameter], name: str, **options: Any) -> Optimizer:
+        if "weights" in formats and params[0].dtype != torch.bfloat16:
+            raise ValueError("it is for bfloat16 parameters")
+        return fastopt(params, name, **formats, **options)
+
+    return make
+
+
 def fastopt_triton(params: list[Parameter], name: str, **options: Any) -> Optimizer:
     return fastopt(params, name, backend="triton", **options)
 
@@ -169,6 +180,13 @@ class Contender:
 CONTENDERS = {
     OURS: Contender(fastopt, "fastopt"),
     FUSED: Contender(torch_fused, "torch"),
+    "fastopt bfloat16 states": Contender(keeping(states="bfloat16"), "fastopt"),
+    "fastopt 8-bit states": Contender(keeping(states="8bit"), "fastopt"),
+    "fastopt split": Contender(keeping(weights="split"), "fastopt"),
+    "fastopt split, bfloat16 states": Contender(
+        keeping(weights="split", states="bfloat16"), "fastopt"
+    ),
+    "fastopt split, 8-bit states": Contender(keeping(weights="split", states="8bit"), "fastopt"),
     "fastopt triton": Contender(fastopt_triton, "fastopt"),
     FOREACH: Contender(torch_foreach, "torch"),
     "torch loop": Contender(torch_loop, "torch"),

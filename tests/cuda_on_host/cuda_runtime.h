@@ -26,8 +26,13 @@ struct dim3 {
 };
 extern thread_local dim3 threadIdx, blockIdx, gridDim;
 
-// Throws std::runtime_error unless so many bytes can be accessed there at once.
-void check_aligned(const void* address, size_t bytes);
+// Throws std::runtime_error unless so many bytes can be accessed there at once. (By number: to a
+// pointer's memory the compiler would expect an access.)
+void check_aligned(uintptr_t address, size_t bytes);
+template <class T>
+void check_aligned(const T* words) {
+  check_aligned(reinterpret_cast<uintptr_t>(words), sizeof *words);
+}
 
 // Words that a device reads or writes at once: every copy, to memory or from it, is checked.
 template <int kWords>
@@ -37,8 +42,8 @@ struct alignas(4 * kWords) VectorOnHost {
   VectorOnHost() = default;
   VectorOnHost(const VectorOnHost& from) { *this = from; }
   VectorOnHost& operator=(const VectorOnHost& from) {
-    check_aligned(this, sizeof words);
-    check_aligned(&from, sizeof words);
+    check_aligned(this);
+    check_aligned(&from);
     for (int i = 0; i < kWords; ++i) words[i] = from.words[i];
     return *this;
   }
@@ -60,11 +65,11 @@ void __stcs(VectorOnHost<kWords>* to, const VectorOnHost<kWords>& value) {
 
 // A single word is no vector, and not counted.
 inline uint32_t __ldcs(const uint32_t* from) {
-  check_aligned(from, sizeof *from);
+  check_aligned(from);
   return *from;
 }
 inline void __stcs(uint32_t* to, uint32_t value) {
-  check_aligned(to, sizeof *to);
+  check_aligned(to);
   *to = value;
 }
 

@@ -24,8 +24,8 @@ static void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
 thread_local dim3 threadIdx, blockIdx, gridDim;
 int64_t vectors_streamed;
 
-void check_aligned(const void* address, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
+void check_aligned(uintptr_t address, size_t bytes) {
+  if (address % bytes != 0) {
     throw std::runtime_error("an access to " + std::to_string(bytes) + " bytes is misaligned");
   }
 }

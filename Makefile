@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 # OpenMP threads that spin while they wait slow each other down wherever tests share a machine.
 PATIENT := OMP_WAIT_POLICY=passive
+# Two processes, each with a half of the tests in their order: what tests of a module share is made
+# once, unless one has finished and takes some of the other's. ARGS=-n0 makes it one process.
+PYTEST := -m pytest -n 2 --dist worksteal
 
 .PHONY: help install finetune finetune-all test newcomer lint format bench gpu sanitize wheel clean
 
@@ -31,7 +34,7 @@ finetune-all: install  ## fine-tune every task; a page of all in bench/results (
 	$(RUN) bench/finetune_all.py $(ARGS)
 
 test: install  ## run the test suite (ARGS=...)
-	$(PATIENT) $(RUN) -m pytest $(ARGS)
+	$(PATIENT) $(RUN) $(PYTEST) $(ARGS)
 
 newcomer:  ## install, test and fine-tune as one without our settings (12 GB, 40 minutes)
 	tests/newcomer.sh
@@ -66,7 +69,7 @@ SANITIZERS := $(foreach lib,asan ubsan stdc++,$(shell c++ -print-file-name=lib$(
 sanitize: install  ## run the numeric tests, CUDA's on the host, under AddressSanitizer and UBSan
 	FASTOPT_SANITIZE=ON FASTOPT_CUDA_ON_HOST=ON $(RUN) -m pip install -q --target build/sanitize --no-deps --upgrade .
 	cd build/sanitize && $(PATIENT) LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
-	  UBSAN_OPTIONS=print_stacktrace=1 ../../$(RUN) -m pytest -q -p no:cacheprovider \
+	  UBSAN_OPTIONS=print_stacktrace=1 ../../$(RUN) $(PYTEST) -q -p no:cacheprovider \
 	  $(addprefix ../../tests/test_,layouts.py shared_memory.py errors.py parity.py cuda_on_host.py cuda_source.py)
 
 wheel: install  ## build a wheel, isolated, into dist/

@@ -43,19 +43,22 @@ def outcomes(pytester, monkeypatch):
     pytester.makeini("[pytest]\nmarkers =\n  gpu\n  nvcc")
     pytester.makepyfile(test_suite=SUITE, test_module="import pytest; pytest.importorskip('nope')")
 
-    def run(ci, nvcc=False):
+    def run(ci, nvcc=False, workers=0):
         monkeypatch.setenv("CI", ci)
         monkeypatch.setenv("PATH", str(pytester.path))
         if nvcc:
             pytester.path.joinpath("nvcc").touch(mode=0o755)
-        result = pytester.runpytest_subprocess("-ra", "--continue-on-collection-errors")
+        result = pytester.runpytest_subprocess(
+            "-ra", "--continue-on-collection-errors", f"-n{workers}"
+        )
         return result.parseoutcomes(), result.stdout
 
     return run
 
 
-def test_in_ci_a_skip_is_a_failure_but_for_want_of_a_gpu_or_nvcc(outcomes):
-    counts, output = outcomes(ci="true")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_in_ci_a_skip_is_a_failure_but_for_want_of_a_gpu_or_nvcc(outcomes, workers):
+    counts, output = outcomes(ci="true", workers=workers)
     assert counts == {"passed": 1, "xfailed": 1, "skipped": 2, "failed": 1, "errors": 4}
     for reason in ("library", "file", "service"):
         output.fnmatch_lines(f"*in CI only what needs a GPU or nvcc may be*: *no such {reason}*")

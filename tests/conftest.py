@@ -3,6 +3,7 @@
 In CI nothing but a GPU and CUDA's compiler may be missing: any other skip is a failure.
 """
 
+import gc
 import os
 import shutil
 
@@ -15,6 +16,12 @@ IN_CI = bool(os.environ.get("CI"))
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60)
 settings.register_profile("dev", deadline=None, max_examples=60, print_blob=True)
 settings.load_profile("ci" if IN_CI else "dev")
+
+
+def pytest_collection_finish():
+    """What is there by now stays: Accelerate, which collects garbage after each training, need not
+    look through all of torch and every test again."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -13,7 +13,7 @@ import torch
 from torch.nn import Parameter
 
 import fastopt
-from cases import BFLOAT16, FLOAT32, PARALLEL, Case
+from cases import BFLOAT16, FLOAT32, IN_TORCH, PARALLEL, Case
 from helpers import assert_equal, every_optimizer, native_only, snapshot, tensors_of, train
 
 pytestmark = native_only
@@ -94,17 +94,18 @@ def flush_denormal():
 
 
 @pytest.mark.parametrize("workers", [True, False])
-@pytest.mark.parametrize("caller", [True, False])
-def test_denormals_are_flushed_as_the_caller_has_it(workers, caller, flush_denormal):
+def test_denormals_are_flushed_as_the_caller_has_it(workers, flush_denormal):
     """Threads start with the mode of the thread that starts them."""
     program = f"""{FLUSHES}
 torch.set_flush_denormal({workers})
 multiplied()
-for threads in [2] * 20 + [1, 5]:
-    torch.set_flush_denormal({caller})
-    print(zeros(stepped(threads)))
+for caller in (True, False):
+    for threads in [2] * 20 + [1, 5]:
+        torch.set_flush_denormal(caller)
+        print(caller, zeros(stepped(threads)))
 """
-    assert set(run_program(program).split()) == {str((1 << 18) * caller)}
+    said = set(run_program(program).splitlines())
+    assert said == {f"True {1 << 18}", "False 0"}
 
 
 @pytest.mark.parametrize("workers", [True, False])
@@ -305,38 +306,55 @@ def test_forked_process_steps_after_its_parent_has(count, threads):
     assert of_the_worker == numbers_after_two_steps(optimizer)
 
 
-@only_linux
-@every_optimizer
-def test_forked_process_steps_after_torch_alone_used_threads(name):
-    program = f"""
-import hashlib, os, signal, torch, fastopt
-from helpers import make
-
-param = torch.nn.Parameter(torch.zeros({PARALLEL * 4}))
-param.grad = torch.ones_like(param)
-optimizer = make(fastopt, {name!r}, [param])
-torch.set_num_threads(1)
-optimizer.step()
-torch.set_num_threads(2)
-torch.ones(1 << 22).add_(1)
+FORKS = """
+import hashlib, os, signal, sys, torch
 
 
-def digest():
+def steps_after_a_fork(name):
+    import fastopt  # not before: it knows whether its process has forked since
+    from helpers import make
+
+    param = torch.nn.Parameter(torch.zeros(PARALLEL * 4))
+    param.grad = torch.ones_like(param)
+    optimizer = make(fastopt, name, [param])
+    torch.set_num_threads(1)
     optimizer.step()
-    return hashlib.sha256(param.detach().numpy()).digest()
+    torch.set_num_threads(2)
+    torch.ones(1 << 22).add_(1)
+
+    def digest():
+        optimizer.step()
+        return hashlib.sha256(param.detach().numpy()).digest()
+
+    receiver, sender = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends it if it hangs
+        os.write(sender, digest())
+        os._exit(0)
+    os.close(sender)
+    assert os.waitpid(child, 0)[1] == 0, "the forked process hangs"
+    assert os.read(receiver, 32) == digest()
+    print(name, flush=True)
 
 
-receiver, sender = os.pipe()
-child = os.fork()
-if child == 0:
-    signal.alarm(20)  # ends it if it hangs
-    os.write(sender, digest())
-    os._exit(0)
-os.close(sender)
-assert os.waitpid(child, 0)[1] == 0, "the forked process hangs"
-assert os.read(receiver, 32) == digest()
+for name in NAMES:
+    process = os.fork()  # has torch and, until it steps, no threads
+    if process == 0:
+        try:
+            steps_after_a_fork(name)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(0)
+    os.waitpid(process, 0)
 """
-    run_program(program)
+
+
+@only_linux
+def test_forked_process_steps_after_torch_alone_used_threads():
+    said = run_program(f"PARALLEL, NAMES = {PARALLEL}, {IN_TORCH}\n{FORKS}")
+    assert said.split() == IN_TORCH
 
 
 class Inputs(torch.utils.data.Dataset):

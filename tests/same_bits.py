@@ -71,6 +71,10 @@ def assert_steps_alike(*optimizers: Optimizer, steps: int = 2) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_same_bits_as_the_cpu_backend(case, backend):
+    train_alike(case, backend)
+
+
+def train_alike(case, backend):
     tested, cpu = (
         case.make_optimizer(case.parameters(), fastopt, backend=which) for which in (backend, "cpu")
     )

@@ -1,6 +1,7 @@
 """DTensor, FSDP2, DDP and distributed checkpoints, over gloo on the CPU."""
 
 import copy
+import multiprocessing
 import warnings
 from functools import partial
 
@@ -311,7 +312,12 @@ def in_group(work, world: int, rank: int, rendezvous: str) -> None:
 
 def run_in_processes(work, world: int, tmp_path) -> None:
     rendezvous = f"file://{tmp_path / f'rendezvous{len(list(tmp_path.iterdir()))}'}"
-    mp.spawn(partial(in_group, work, world), (rendezvous,), nprocs=world)
+    # Forked from a process that has imported torch and done nothing else.
+    imported = ["torch.distributed.checkpoint", "torch.distributed.fsdp"]
+    multiprocessing.set_forkserver_preload(imported)
+    mp.start_processes(
+        partial(in_group, work, world), (rendezvous,), nprocs=world, start_method="forkserver"
+    )
 
 
 def run_in_two_processes(work, tmp_path) -> None:

@@ -65,6 +65,9 @@ class Part:
     keeps: dict[Path, Path] = field(default_factory=dict)
 
 
+# Situations about what is done around a step.
+AROUND = ("clip", "torch's clip", "our clip", "clip alone", "skip", "average")
+
 # By default options; Adam and SGD have parts of their own.
 OTHERS = [name for name in OPTIMIZERS if name.isalpha() and name not in ("adam", "adamw", "sgd")]
 
@@ -76,7 +79,7 @@ def bench_parts(args: argparse.Namespace) -> Iterator[Part]:
     yield step(args, "every workload, SGD", 130, "--optimizer", "sgd-momentum", *few)
     yield step(
         *(args, "situations", 150, "--optimizer", "adamw", *few),
-        *("--situation", "clip", "scaler", "fresh", "first", "backward"),
+        *("--situation", *AROUND, "scaler", "fresh", "first", "backward", "busy"),
         *("--workload", "1000x16", "lora-bert", "minilm"),
     )
     yield step(
@@ -112,7 +115,7 @@ def gpu_parts(args: argparse.Namespace) -> Iterator[Part]:
     yield step(args, "every workload", 120, "--optimizer", "adamw")
     yield step(
         *(args, "situations", 90, "--optimizer", "adamw", *pair, "fastopt triton"),
-        *("--situation", "clip", "scaler", "fresh", "first", "backward", *graph),
+        *("--situation", *AROUND, "scaler", "fresh", "first", "backward", "busy", *graph),
         *("--workload", "1000x16", "lora-bert", "lora-llama-7b", "bert-base"),
     )
     yield step(args, "every workload, SGD", 60, "--optimizer", "sgd-momentum", *pair)

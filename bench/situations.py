@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import os
+import subprocess
+import sys
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
-from torch.nn.utils import clip_grad_norm_
+from torch.nn import Parameter, ParameterList
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import fastopt
+from fastopt.optimizer import FusedOptimizer
 
 Make = Callable[..., Optimizer]
 
@@ -19,11 +28,13 @@ class Plain:
 
     Args:
         shapes: of the parameters; they and their gradients are made here.
-        make: an optimizer of given parameters.
+        make: an optimizer of given parameters, if it is one of ours with these further options.
     """
 
     # Of torch's Adams, without which the situation cannot be had.
     options: ClassVar[dict[str, Any]] = {}
+    # Of our classes, with which the step does what others leave to the loop.
+    ours: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self, shapes: list[tuple[int, ...]], make: Make, dtype: torch.dtype, device: str
@@ -34,11 +45,15 @@ class Plain:
         self.optimizers = self.make_optimizers()
 
     @property
+    def is_ours(self) -> bool:
+        return isinstance(self.optimizers[0], FusedOptimizer)
+
+    @property
     def numel(self) -> int:
         return sum(param.numel() for param in self.params)
 
     def make_optimizers(self) -> list[Optimizer]:
-        return [self.make(self.params)]
+        return [self.make(self.params, self.ours)]
 
     def before(self) -> None:
         self.give(self.grads)  # some optimizers take them away
@@ -53,11 +68,103 @@ class Plain:
 
 
 class Clip(Plain):
-    """Gradients clipped to norm 1 first."""
+    """Gradients clipped to norm 1, which theirs is above, by torch's function; but by our steps
+    themselves."""
+
+    ours: ClassVar[dict[str, Any]] = {"max_grad_norm": 1.0}
+
+    def before(self) -> None:
+        super().before()
+        if not hasattr(self, "values"):
+            self.values = [grad.clone() for grad in self.grads]
+        for grad, values in zip(self.grads, self.values, strict=True):
+            grad.copy_(values)
+
+    def turn(self) -> None:
+        if not self.is_ours:
+            clip_grad_norm_(self.params, 1.0)
+        super().turn()
+
+
+class TorchsClip(Clip):
+    """By torch's function before any step."""
+
+    ours: ClassVar[dict[str, Any]] = {}
 
     def turn(self) -> None:
         clip_grad_norm_(self.params, 1.0)
+        super(Clip, self).turn()
+
+
+class OurClip(Clip):
+    """By our function before any step."""
+
+    ours: ClassVar[dict[str, Any]] = {}
+
+    def turn(self) -> None:
+        fastopt.clip_grad_norm_(self.params, 1.0)
+        super(Clip, self).turn()
+
+
+class ClipAlone(Clip):
+    """Without the step: by our function, and by torch's for all others."""
+
+    ours: ClassVar[dict[str, Any]] = {}
+
+    def turn(self) -> None:
+        clip = fastopt.clip_grad_norm_ if self.is_ours else clip_grad_norm_
+        clip(self.params, 1.0)
+
+
+class Skip(Plain):
+    """No step where the norm of the gradients is not finite: our step sees to it, for all others
+    the loop does."""
+
+    ours: ClassVar[dict[str, Any]] = {"max_grad_norm": math.inf, "skip_nonfinite": True}
+
+    def turn(self) -> None:
+        if self.is_ours or get_total_norm(self.grads).isfinite():
+            super().turn()
+
+
+class Average(Plain):
+    """An exponential moving average of the parameters: of our step's own, or of AveragedModel."""
+
+    ours: ClassVar[dict[str, Any]] = {"average": 0.999}
+
+    def __init__(self, shapes: Any, make: Make, dtype: torch.dtype, device: str) -> None:
+        super().__init__(shapes, make, dtype, device)
+        if not self.is_ours:
+            self.model = ParameterList(self.params)
+            self.averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+
+    def turn(self) -> None:
         super().turn()
+        if not self.is_ours:
+            self.averaged.update_parameters(self.model)
+
+
+class Busy(Plain):
+    """As many other processes computing as there are cores, as a data loader's workers do."""
+
+    # Of all contenders together: processes for as long as there are contenders.
+    workers: ClassVar[list[subprocess.Popen[bytes]]] = []
+    contenders: ClassVar[int] = 0
+
+    def __init__(self, shapes: Any, make: Make, dtype: torch.dtype, device: str) -> None:
+        super().__init__(shapes, make, dtype, device)
+        if not Busy.workers:
+            command = [sys.executable, "-c", "while True: pass"]
+            cores = len(os.sched_getaffinity(0))
+            Busy.workers += [subprocess.Popen(command) for _ in range(cores)]
+        Busy.contenders += 1
+        weakref.finalize(self, Busy.leave)
+
+    @staticmethod
+    def leave() -> None:
+        Busy.contenders -= 1
+        while Busy.workers and not Busy.contenders:
+            Busy.workers.pop().kill()
 
 
 class Scaler(Plain):
@@ -94,7 +201,7 @@ class Backward(Plain):
     """An optimizer for each parameter, as hooks in backward step them; without the backward."""
 
     def make_optimizers(self) -> list[Optimizer]:
-        return [self.make([param]) for param in self.params]
+        return [self.make([param], self.ours) for param in self.params]
 
 
 class Graph(Plain):
@@ -121,6 +228,12 @@ class Graph(Plain):
 SITUATIONS: dict[str, type[Plain]] = {
     "plain": Plain,
     "clip": Clip,
+    "torch's clip": TorchsClip,
+    "our clip": OurClip,
+    "clip alone": ClipAlone,
+    "skip": Skip,
+    "average": Average,
+    "busy": Busy,
     "scaler": Scaler,
     "fresh": Fresh,
     "first": First,

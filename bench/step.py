@@ -147,8 +147,9 @@ class Setting:
         if name.startswith("Adam"):
             options = options | situation.options
 
-        def make(params: list[torch.nn.Parameter]) -> Optimizer:
-            return CONTENDERS[contender].make(params, name, **options)
+        def make(params: list[torch.nn.Parameter], ours: dict[str, Any]) -> Optimizer:
+            added = ours if CONTENDERS[contender].package == "fastopt" else {}
+            return CONTENDERS[contender].make(params, name, **options, **added)
 
         return Clock(situation(self.shapes, make, DTYPES[self.dtype], self.device), self.device)
 

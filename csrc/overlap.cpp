@@ -15,6 +15,7 @@ void for_each_span(const std::vector<Table>& tables, bool writes_grad, Visit vis
     for (size_t i = 0; i < table.slots.size(); ++i) {
       const Slot& slot = table.slots[i];
       for (int tensor = 0; slot.numel > 0 && tensor < table.tensors(); ++tensor) {
+        if (tensor == kGrad && slot.data[kGrad] == slot.data[kParam]) continue;  // to be clipped
         visit(t, i, span_of(table, slot, tensor), tensor != kGrad || writes_grad);
       }
       // The CPU counts one after another.

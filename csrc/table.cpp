@@ -19,8 +19,8 @@ RuleInfo describe() {
   static_assert(tensor_count(kMostStates<Rule>, Format::kSplit) + Rule::kCounts <= kMaxPlaces);
   return {Rule::kName,
           {std::begin(Rule::kOptions), std::end(Rule::kOptions)},
-          {Rule::kStates, Rule::kStates + Rule::kCounts},
-          {Rule::kStates + Rule::kCounts, std::end(Rule::kStates)},
+          {std::begin(Rule::kStates), std::begin(Rule::kStates) + Rule::kCounts},
+          {std::begin(Rule::kStates) + Rule::kCounts, std::end(Rule::kStates)},
           [](const Group& group) {
             return Rule::states(options_of<Rule>(group, [](const Number& n) { return n.value; }));
           }};
@@ -217,6 +217,24 @@ void check_fits(const Tensors& tensors, int i) {
   }
 }
 
+// The table of such tensors.
+Table& table_for(std::vector<Table>& tables, const Tensors& tensors) {
+  const DLDevice device = tensors.at[kParam].device;
+  const auto fits = [&](const Table& table) {
+    return table.states == tensors.states && table.device.device_type == device.device_type &&
+           table.device.device_id == device.device_id &&
+           std::equal(std::begin(tensors.format), std::end(tensors.format), table.format);
+  };
+  const auto found = std::find_if(tables.rbegin(), tables.rend(), fits);
+  if (found != tables.rend()) return *found;
+  Table& table = tables.emplace_back();
+  table.device = device;
+  table.states = tensors.states;
+  table.counts = tensors.counts;
+  std::copy(std::begin(tensors.format), std::end(tensors.format), table.format);
+  return table;
+}
+
 }  // namespace
 
 const std::vector<RuleInfo>& rules() {
@@ -226,6 +244,13 @@ const std::vector<RuleInfo>& rules() {
 #undef FASTOPT_DESCRIBE
   };
   return rules;
+}
+
+int find_rule(const std::string& name) {
+  for (size_t i = 0; i < rules().size(); ++i) {
+    if (rules()[i].name == name) return static_cast<int>(i);
+  }
+  throw std::invalid_argument("fastopt has no rule named '" + name + "'");
 }
 
 const char* name_of(Format format) {
@@ -357,38 +382,44 @@ void add_slot(std::vector<Table>& tables, Tensors& tensors, int member, int grou
     }
   }
 
-  const auto fits = [&](const Table& table) {
-    return table.states == tensors.states && table.device.device_type == param.device.device_type &&
-           table.device.device_id == param.device.device_id &&
-           std::equal(std::begin(tensors.format), std::end(tensors.format), table.format);
-  };
-  auto table = std::find_if(tables.rbegin(), tables.rend(), fits);
-  if (table == tables.rend()) {
-    Table fresh_table{};
-    fresh_table.device = param.device;
-    fresh_table.states = tensors.states;
-    fresh_table.counts = tensors.counts;
-    std::copy(std::begin(tensors.format), std::end(tensors.format), fresh_table.format);
-    tables.push_back(std::move(fresh_table));
-    table = tables.rbegin();
-  }
+  Table& table = table_for(tables, tensors);
   if (dense) {
-    append_slot(*table, slot, member, nullptr);
+    append_slot(table, slot, member, nullptr);
   } else {
     slot.layout = 0;  // any but kDense: append_slot finds the place
-    append_slot(*table, slot, member, make_layout(tensors, count, !row_major.empty()).data());
+    append_slot(table, slot, member, make_layout(tensors, count, !row_major.empty()).data());
   }
 
-  const Slot& added = table->slots.back();
+  const Slot& added = table.slots.back();
   Span span[kMaxTensors];
   for (int i = 0; i < count; ++i) {
-    span[i] = span_of(*table, added, i);
+    span[i] = span_of(table, added, i);
     for (int j = 0; j < i; ++j) {
       if (span[i].meets(span[j])) {  // each operation of torch's reads what the ones before wrote
         throw NotOurs{name_at(tensors, j) + " and " + name_at(tensors, i) + " share memory"};
       }
     }
   }
+}
+
+void add_gradient(std::vector<Table>& tables, const DLTensor& grad, int member, bool writes) {
+  Tensors tensors;
+  tensors.states = tensors.counts = 0;
+  for (const int i : {kParam, kGrad}) {
+    tensors.at[i] = grad;
+    tensors.format[i] = format_of(grad.dtype);
+  }
+  Slot slot{};
+  slot.numel = numel_of(grad) * (is_complex(grad) ? 2 : 1);
+  slot.fresh = true;
+  slot.data[kParam] = slot.data[kGrad] = static_cast<char*>(grad.data) + grad.byte_offset;
+  const bool dense = slot.numel == 0 || flat(tensors, kState);
+  if (writes && !dense && may_overlap(grad)) {
+    throw NotOurs{"a gradient has elements that share memory"};
+  }
+  slot.layout = dense ? kDense : 0;
+  Table& table = table_for(tables, tensors);
+  append_slot(table, slot, member, dense ? nullptr : make_layout(tensors, kState, false).data());
 }
 
 }  // namespace fastopt

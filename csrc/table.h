@@ -2,11 +2,14 @@
 #pragma once
 
 #include <cstdint>
+#include <iterator>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "dlpack_abi.h"
+#include "norm.h"
 #include "rules/rules.h"
 #include "slot.h"
 
@@ -28,8 +31,10 @@ struct RuleInfo {
 // In the order of rules/rules.h, the index by which backends know them.
 const std::vector<RuleInfo>& rules();
 
+int find_rule(const std::string& name);
+
 template <class Rule>
-constexpr int kMostStates = sizeof(Rule::kStates) / sizeof(State) - Rule::kCounts;
+constexpr int kMostStates = std::size(Rule::kStates) - Rule::kCounts;
 
 // A group's numbers as its rule knows them; `read` turns a Number into a double.
 template <class Rule, class Read>
@@ -39,6 +44,31 @@ FASTOPT_RULE typename Rule::Options options_of(const Group& group, Read read) {
   typename Rule::Options options;
   memcpy(&options, values, sizeof options);
   return options;
+}
+
+// When a step changes nothing, besides where gradients have overflowed.
+enum class Skip : int { kNever, kNonfinite, kUnclipped };
+
+// What becomes of a table's gradients before its rule sees them. The numbers are as its device
+// reads them.
+struct Scaling {
+  Number found_inf;       // where it is not 0, the step changes nothing
+  Number grad_scale;      // gradients are divided by it and written back; 1 leaves them alone
+  Number norm, max_norm;  // then multiplied by clip_factor of these, as if that were written, too
+  Skip skip = Skip::kNever;
+  int64_t* skipped = nullptr;  // on an accelerator: counts steps that a norm has stopped
+
+  Scaling() : found_inf{}, grad_scale{}, norm{}, max_norm{} {
+    grad_scale.value = 1;
+    max_norm.value = std::numeric_limits<double>::infinity();
+  }
+};
+
+// Whether a step is to be skipped for its norm.
+FASTOPT_RULE bool skips(Skip skip, double norm, double max_norm) {
+  return skip == Skip::kNonfinite   ? !is_finite(norm)
+         : skip == Skip::kUnclipped ? clip_factor(norm, max_norm) == 1
+                                    : false;
 }
 
 // What a backend keeps of a slot between the two phases, at most kScalarBytes.
@@ -95,6 +125,10 @@ struct Tensors {
 // just made and take the place of missing ones.
 void add_slot(std::vector<Table>& tables, Tensors& tensors, int member, int group, bool fresh,
               bool writes_grad);
+
+// Adds a slot whose parameter and gradient both are this tensor, for its norm and to be clipped;
+// throws NotOurs where it cannot be written, if it is to be.
+void add_gradient(std::vector<Table>& tables, const DLTensor& grad, int member, bool writes);
 
 // Adds a slot that has been checked; `layout` is where its own starts, unless it is kDense.
 void append_slot(Table& table, const Slot& slot, int member, const int64_t* layout);

@@ -20,9 +20,22 @@ def step(
     backend: str | None,
     states: str | None,
     weights: str | None,
-    launch_triton: Callable[..., None],
+    launch_triton: Callable[..., Any],
+    passes: Any,
 ) -> str | None:
     """One step over all groups; returns why torch must make it instead, having changed nothing."""
+
+def clip_grad_norm(
+    tensors: Iterable[Tensor],
+    max_norm: Tensor | float | None,
+    error_if_nonfinite: bool,
+    threads: int,
+    backend: str | None,
+    launch_triton: Callable[..., Any],
+) -> tuple[Tensor | float, str] | str:
+    """Clips the tensors' gradients; returns their norm and the name of its dtype, or why torch must
+    do it instead. Without a limit it is the norm of the tensors themselves, and nothing is
+    written, nor where the norm is to be finite and is not."""
 
 def formats(
     rule: str, states: str | None, weights: str | None, param: Tensor, keys: list[str]

@@ -14,9 +14,11 @@ from fastopt.adagrad import Adagrad
 from fastopt.adam import Adam, AdamW
 from fastopt.adamax import Adamax
 from fastopt.asgd import ASGD
+from fastopt.clip import clip_grad_norm_, get_total_norm
 from fastopt.lion import Lion
 from fastopt.nadam import NAdam
 from fastopt.optimizer import backends
+from fastopt.options import Options
 from fastopt.radam import RAdam
 from fastopt.rmsprop import RMSprop
 from fastopt.rprop import Rprop
@@ -32,8 +34,11 @@ __all__ = [
     "Adamax",
     "Lion",
     "NAdam",
+    "Options",
     "RAdam",
     "RMSprop",
     "Rprop",
     "backends",
+    "clip_grad_norm_",
+    "get_total_norm",
 ]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from fastopt.optimizer import Backend, FusedOptimizer, States, Weights
+from fastopt.optimizer import FusedOptimizer
+from fastopt.options import Options
 
 
 class Adagrad(FusedOptimizer, torch.optim.Adagrad):
@@ -30,11 +32,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         maximize: ascend instead of descend (default: False).
         differentiable: True takes torch's differentiable step (default: False).
         fused: likewise, and True lets GradScaler leave its work to the step (default: None).
-        states: how moments are kept: "float32", "bfloat16" or "8bit"; None as torch does, in the
-            parameter's dtype (default: None).
-        weights: what a bfloat16 parameter keeps beyond bfloat16: "split" all of float32, in 16 bits
-            more; "stochastic" nothing, but it is rounded stochastically (default: None).
-        backend: "cpu", "cuda", "triton" or "torch"; None picks by device (default: None).
+        options: ours, the same for every class: see `fastopt.options.Options`.
 
     Raises:
         ValueError, RuntimeError: torch's own, for arguments out of range or at odds.
@@ -58,11 +56,9 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        states: States | None = None,
-        weights: Weights | None = None,
-        backend: Backend | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        self._use(backend, states, weights)
+        self._use(options)
         super().__init__(
             params,
             lr,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from fastopt.optimizer import Backend, FusedOptimizer, States, Weights
+from fastopt.optimizer import FusedOptimizer
+from fastopt.options import Options
 
 
 class Adam(FusedOptimizer, torch.optim.Adam):
@@ -35,12 +37,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         fused: a hint likewise, but True leaves unscaling to the step under GradScaler
             (default: None).
         decoupled_weight_decay: decay as AdamW does (default: False).
-        states: how moments are kept: "float32", "bfloat16" or "8bit"; None as torch does, in the
-            parameter's dtype (default: None).
-        weights: what a bfloat16 parameter keeps beyond bfloat16: "split" all of float32, in 16 bits
-            more; "stochastic" nothing, but it is rounded stochastically (default: None).
-        backend: "cpu", "cuda", "triton" or, for torch's own step, "torch"; None picks by device
-            (default: None).
+        options: ours, the same for every class: see `fastopt.options.Options`.
 
     Raises:
         ValueError, RuntimeError: torch's own, for arguments out of range or at odds.
@@ -67,11 +64,9 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        states: States | None = None,
-        weights: Weights | None = None,
-        backend: Backend | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        self._use(backend, states, weights)
+        self._use(options)
         super().__init__(
             params,
             lr,
@@ -113,12 +108,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         differentiable: True takes torch's own step (default: False).
         fused: a hint likewise, but True leaves unscaling to the step under GradScaler
             (default: None).
-        states: how moments are kept: "float32", "bfloat16" or "8bit"; None as torch does, in the
-            parameter's dtype (default: None).
-        weights: what a bfloat16 parameter keeps beyond bfloat16: "split" all of float32, in 16 bits
-            more; "stochastic" nothing, but it is rounded stochastically (default: None).
-        backend: "cpu", "cuda", "triton" or, for torch's own step, "torch"; None picks by device
-            (default: None).
+        options: ours, the same for every class: see `fastopt.options.Options`.
 
     Raises:
         ValueError, RuntimeError: torch's own, for arguments out of range or at odds.
@@ -143,11 +133,9 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        states: States | None = None,
-        weights: Weights | None = None,
-        backend: Backend | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        self._use(backend, states, weights)
+        self._use(options)
         super().__init__(
             params,
             lr,

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from fastopt.optimizer import Backend, FusedOptimizer, States, Weights
+from fastopt.optimizer import FusedOptimizer
+from fastopt.options import Options
 
 
 class Lion(FusedOptimizer, torch.optim.Optimizer):
@@ -29,11 +31,7 @@ class Lion(FusedOptimizer, torch.optim.Optimizer):
         weight_decay: decoupled decay :math:`\lambda`; the paper advises three to ten times AdamW's
             (default: 0).
         maximize: ascend instead of descend (default: False).
-        states: how moments are kept: "float32", "bfloat16" or "8bit"; None as torch does, in the
-            parameter's dtype (default: None).
-        weights: what a bfloat16 parameter keeps beyond bfloat16: "split" all of float32, in 16 bits
-            more; "stochastic" nothing, but it is rounded stochastically (default: None).
-        backend: "cpu", "cuda" or "triton"; None picks by device (default: None).
+        options: ours, the same for every class: see `fastopt.options.Options`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -53,11 +51,9 @@ class Lion(FusedOptimizer, torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
-        states: States | None = None,
-        weights: Weights | None = None,
-        backend: Backend | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        self._use(backend, states, weights)
+        self._use(options)
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
         if not lr >= 0.0:

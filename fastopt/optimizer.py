@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import warnings
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal, get_args
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -15,11 +17,9 @@ from torch.autograd import _profiler_enabled, profiler  # type: ignore[attr-defi
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fastopt import _C, triton
+from fastopt.options import DEFAULTS, Backend, Options, States, Weights
+from fastopt.passes import Passes, lent, passes_of
 from fastopt.tensors import decoded, formats, is_packed, recast, unscale
-
-Backend = Literal["cpu", "cuda", "triton", "torch"]
-States = Literal["float32", "bfloat16", "8bit"]
-Weights = Literal["split", "stochastic"]
 
 # What the method is called in torch 2.10, then since.
 _GRAPH_CAPTURE_CHECK = (
@@ -78,6 +78,18 @@ def _watching_mode() -> str | None:
     return None
 
 
+def _with_options(signature: inspect.Signature) -> inspect.Signature:
+    """A constructor's signature with each of our options in place of ``**options``."""
+    kinds = get_type_hints(Options)
+    ours = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=kinds[name]
+        )
+        for name, value in DEFAULTS.items()
+    ]
+    return signature.replace(parameters=[*list(signature.parameters.values())[:-1], *ours])
+
+
 class FusedOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose step is one native call.
 
@@ -91,39 +103,50 @@ class FusedOptimizer(torch.optim.Optimizer):
     _backend: Backend | None = None
     _states: States | None = None
     _weights: Weights | None = None
+    _passes: Passes | None = None
     _fallbacks: frozenset[str] = frozenset()  # reasons the user has been told
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        init = vars(cls).get("__init__")
+        if init is not None and init.__annotations__.get("options") == "Unpack[Options]":
+            init.__signature__ = _with_options(inspect.signature(init))
         owner = next((base for base in cls.__mro__ if "_init_group" in vars(base)), None)
         cls._own_init_group = owner is not None and not owner.__module__.startswith("torch.optim.")
 
-    def _use(self, backend: Backend | None, states: States | None, weights: Weights | None) -> None:
+    def _use(self, options: Options) -> None:
         """Take the options that are ours, before the parameters are known."""
-        for name, value, choices in (
-            ("states", states, get_args(States)),
-            ("weights", weights, get_args(Weights)),
-            ("backend", backend, get_args(Backend)),
+        unknown = sorted(options.keys() - DEFAULTS.keys())
+        if unknown:
+            name = type(self).__name__
+            raise TypeError(f"{name}.__init__() got an unexpected keyword argument {unknown[0]!r}")
+        given = Options(**{**DEFAULTS, **options})  # type: ignore[typeddict-item]
+        for name, choices in (
+            ("states", get_args(States)),
+            ("weights", get_args(Weights)),
+            ("backend", get_args(Backend)),
         ):
+            value = given[name]  # type: ignore[literal-required]
             if value is not None and value not in choices:
                 known = ", ".join(map(repr, choices))
                 raise ValueError(f"unknown {name} {value!r}; choose one of {known} or None")
-        if backend is not None:
-            reason = _WHY_NOT[backend]()
-            if reason is not None:
-                raise RuntimeError(f"backend {backend!r} is not usable: {reason}")
-            if backend == "torch" and not self._in_torch:
-                name = type(self).__name__
-                raise ValueError(f"torch.optim has no {name}; choose another backend or None")
-            self._backend = backend
-        # Not as None: an instance is pickled without what it has not.
-        if states is not None:
-            self._states = states
-        if weights is not None:
-            self._weights = weights
-        if backend == "torch" and self._keeping:
+            # Not as None: an instance is pickled without what it has not.
+            if value is not None:
+                setattr(self, f"_{name}", value)
+        passes = passes_of(given)
+        if passes is not None:
+            self._passes = passes
+        if self._backend is None:
+            return
+        reason = _WHY_NOT[self._backend]()
+        if reason is not None:
+            raise RuntimeError(f"backend {self._backend!r} is not usable: {reason}")
+        if self._backend == "torch" and not self._in_torch:
+            name = type(self).__name__
+            raise ValueError(f"torch.optim has no {name}; choose another backend or None")
+        if self._backend == "torch" and self._beyond_torch:
             raise ValueError(
-                f"torch's own step has no {self._keeping}; leave it or backend='torch' out"
+                f"torch's own step has no {self._beyond_torch}; leave it or backend='torch' out"
             )
 
     @property
@@ -132,16 +155,71 @@ class FusedOptimizer(torch.optim.Optimizer):
         options = {"states": self._states, "weights": self._weights}
         return ", ".join(f"{name}={value!r}" for name, value in options.items() if value)
 
+    @property
+    def _beyond_torch(self) -> str:
+        """All options in use that torch's own step has not."""
+        passes = self._passes or Passes()
+        options = {
+            "max_grad_norm": passes.max_grad_norm,
+            "skip_nonfinite": passes.skip_nonfinite or None,
+            "average": passes.average,
+        }
+        written = [f"{name}={v!r}" for name, v in options.items() if v is not None]
+        return ", ".join([self._keeping] * bool(self._keeping) + written)
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of all gradients of the last step, before it clipped them: a tensor of no
+        dimensions in float32, or float64 where gradients were, on their device, for which nobody
+        has waited. None before the first step, and without ``max_grad_norm``."""
+        if self._passes is None or self._passes.norm is None:
+            return None
+        dtype = torch.float64 if self._passes.in_double else torch.float32
+        return torch.as_tensor(self._passes.norm, dtype=dtype)
+
+    @property
+    def total_norm(self) -> float | Tensor | None:
+        """The norm to clip by in the next step, and only in it, where the caller knows more than
+        the gradients of this optimizer: as under pipeline or expert parallelism."""
+        return self._passes.total_norm if self._passes is not None else None
+
+    @total_norm.setter
+    def total_norm(self, value: float | Tensor | None) -> None:
+        if self._passes is None or self._passes.max_grad_norm is None:
+            raise ValueError("total_norm needs max_grad_norm=, which it is compared with")
+        self._passes.total_norm = value
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps ``skip_nonfinite`` has skipped; of an accelerator it waits to hear."""
+        if self._passes is None:
+            return 0
+        return self._passes.skipped + sum(int(c) for c in self._passes.counters.values())
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Lends the model its parameters' averages, for evaluation or to save it: afterwards the
+        parameters are bit for bit what they were. Those without an average stay.
+
+        Raises:
+            ValueError: the optimizer keeps no averages.
+            RuntimeError: the model has them already; or a step is made meanwhile.
+        """
+        if self._passes is None or self._passes.average is None:
+            raise ValueError("averaged() needs average=, such as 0.999, from the first step on")
+        with lent(self, self._passes):
+            yield
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; raises ValueError, too, where a format cannot be kept of a parameter."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        reason = self._why_not_kept(group) if self._keeping else None
+        reason = self._why_not(group) if self._beyond_torch else None
         if reason is not None:
             self.param_groups.pop()
-            raise ValueError(f"{self._keeping} does not go with {reason}")
+            raise ValueError(f"{self._beyond_torch} does not go with {reason}")
 
-    def _why_not_kept(self, group: dict[str, Any]) -> str | None:
+    def _why_not(self, group: dict[str, Any]) -> str | None:
         if group.get("differentiable"):
             return "differentiable=True, which is torch's own step; leave one of them out"
         for p in group["params"]:
@@ -178,6 +256,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
+        if self._passes is not None:
+            self._passes.check_step()
         reason = self._why_torch()
         if reason is None:
             native_step = _opaque_step if torch.compiler.is_compiling() else _C.step
@@ -192,14 +272,15 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._states,
                 self._weights,
                 self._launch_triton,
+                self._passes,
             )
             if reason is None:
                 return loss
-        if self._keeping:
+        if self._beyond_torch:
             raise RuntimeError(
                 f"fastopt.{type(self).__name__} cannot make this step: {reason}; torch's own step, "
-                f"which could, has no {self._keeping}: leave the option out, or give dense tensors "
-                "on a device that fastopt.backends() says is usable"
+                f"which could, has no {self._beyond_torch}: leave the option out, or give dense "
+                "tensors on a device that fastopt.backends() says is usable"
             )
         if self._backend not in (None, "torch"):
             raise RuntimeError(f"backend={self._backend!r} cannot make this step: {reason}")
@@ -250,9 +331,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         return step
 
-    def _launch_triton(self, *table: Any) -> None:
+    def _launch_triton(self, kernels: str, *table: Any) -> Any:
         buffers: dict[Any, Any] = self.__dict__.setdefault("_triton_buffers", {})
-        triton.launch(buffers, self._rule, triton.Table(*table))
+        return triton.launch(buffers, kernels, *table)
 
     def _why_torch(self) -> str | None:
         """Why this step is torch's before any tensor is looked at, or None."""
@@ -311,7 +392,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        own = {"_backend", "_states", "_weights"}
+        own = {"_backend", "_states", "_weights", "_passes"}
         return state | {name: self.__dict__[name] for name in own & self.__dict__.keys()}
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from fastopt.optimizer import Backend, FusedOptimizer, States, Weights
+from fastopt.optimizer import FusedOptimizer
+from fastopt.options import Options
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):
@@ -31,12 +33,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         differentiable: True takes torch's own step (default: False).
         fused: a hint likewise, but True leaves unscaling to the step under GradScaler
             (default: None).
-        states: how moments are kept: "float32", "bfloat16" or "8bit"; None as torch does, in the
-            parameter's dtype (default: None).
-        weights: what a bfloat16 parameter keeps beyond bfloat16: "split" all of float32, in 16 bits
-            more; "stochastic" nothing, but it is rounded stochastically (default: None).
-        backend: "cpu", "cuda", "triton" or, for torch's own step, "torch"; None picks by device
-            (default: None).
+        options: ours, the same for every class: see `fastopt.options.Options`.
 
     Raises:
         ValueError, RuntimeError: torch's own, for arguments out of range or at odds.
@@ -60,11 +57,9 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        states: States | None = None,
-        weights: Weights | None = None,
-        backend: Backend | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        self._use(backend, states, weights)
+        self._use(options)
         super().__init__(
             params,
             lr,

@@ -181,6 +181,11 @@ def _place(spec: Any) -> tuple[int, tuple[int, ...]]:
     return sum(map(operator.mul, offset, strides)), tuple(strides)
 
 
+def new_norm(device: torch.device) -> Tensor:
+    """Memory for one number on an accelerator."""
+    return torch.empty((), dtype=torch.float64, device=device)
+
+
 def new_states(
     params: Sequence[Tensor], counts: dict[str, Number], states: dict[str, Number]
 ) -> dict[str, tuple[Tensor, ...]]:

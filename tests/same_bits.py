@@ -15,9 +15,11 @@ from cases import (
     BFLOAT16,
     CASES,
     CHUNK,
+    COMPLEX64,
     FLOAT16,
     FLOAT32,
     FLOAT64,
+    MIXED,
     channels_last,
     contiguous,
     every_second,
@@ -296,3 +298,195 @@ def test_random_bits_are_those_of_the_whole_parameters_elements(backend, states,
     ]
     assert_steps_alike(*optimizers)
     assert asked == set(places)
+
+
+# Clipping, skipping, averaging.
+
+
+def assert_clipped_alike(*optimizers: Optimizer) -> None:
+    """Parameters, states, gradients, and the norm of the last step in all its bits."""
+    assert_same_bits(*optimizers)
+    assert_equal(*([param.grad for param in parameters(optimizer)] for optimizer in optimizers))
+    assert_equal(*(float(optimizer._passes.norm) for optimizer in optimizers))
+
+
+# The first clips whatever there is here, the second nothing.
+clipping_or_not = pytest.mark.parametrize("limit", [1e-3, 1e6])
+
+# With the first nothing is written but parameters and states; what the last divides, it rounds.
+every_scale = pytest.mark.parametrize("scale", [None, 2.0**10, 3.0])
+
+
+@every_scale
+@clipping_or_not
+@pytest.mark.parametrize(
+    "dtypes", [FLOAT32, FLOAT64, BFLOAT16, FLOAT16, COMPLEX64, *MIXED[:1], *MIXED[-2:]], ids=str
+)
+def test_clipping_has_the_cpus_bits(backend, dtypes, limit, scale):
+    values = [torch.randn(shape).to(dtypes.param) for shape in [(), (0,), (3,), (5, 7), (300,)]]
+    optimizers = twins(backend, "AdamW", values, max_grad_norm=limit)
+    for _ in range(2):
+        for params in zip(*map(parameters, optimizers), strict=True):
+            grad = torch.randn(params[0].shape, dtype=dtypes.grad)
+            for param in params:
+                param.grad_dtype = dtypes.grad
+                param.grad = grad.clone()
+        before = [param.grad.clone() for param in parameters(optimizers[1])]
+        for optimizer in optimizers:
+            if scale is not None:
+                optimizer.grad_scale = torch.tensor(scale)
+            optimizer.step()
+        assert_clipped_alike(*optimizers)
+        after = [param.grad for param in parameters(optimizers[0])]
+        assert (scale is None) == all(map(torch.equal, before, after))
+        assert (float(optimizers[0]._passes.norm) > limit) == (limit < 1)
+
+
+@every_rule
+def test_every_rule_clips_and_averages_with_the_cpus_bits(backend, name):
+    values = [torch.randn(shape) for shape in [(3,), (5, 7)]]
+    assert_steps_alike(*twins(backend, name, values, max_grad_norm=1e-3, average=0.75), steps=3)
+
+
+def expanded(values: torch.Tensor) -> torch.Tensor:
+    """Of every row the first number, in one place."""
+    return values[..., :1].contiguous().expand(values.shape)
+
+
+def test_clipping_has_the_cpus_bits_in_any_layout(backend):
+    laid_out = [
+        *LAID_OUT,
+        ((CHUNK + 33,), unaligned, unaligned),
+        ((2 * CHUNK,), contiguous, contiguous),
+        ((3, 1500), contiguous, every_second),  # of more chunks than one
+        ((7, 9, 4), transposed, every_second),
+    ]
+    values = [place(torch.randn(shape)) for shape, place, _ in laid_out]
+    optimizers = twins(backend, "SGD", values, max_grad_norm=1e-3)
+    set_gradients(*optimizers)
+    for optimizer in optimizers:
+        for param, (_, _, place) in zip(parameters(optimizer), laid_out, strict=True):
+            param.grad = place(param.grad)
+        optimizer.grad_scale = torch.tensor(2.0)  # the gradients are written, too
+        optimizer.step()
+    assert_clipped_alike(*optimizers)
+
+
+def test_clipping_by_gradients_that_share_memory_has_the_cpus_bits(backend):
+    shapes = [(3,), (5, 7), (4, 3, 9), (2, 40)]
+    optimizers = twins(backend, "SGD", list(map(torch.randn, shapes)), max_grad_norm=1e-3)
+    set_gradients(*optimizers)
+    for optimizer in optimizers:
+        for param in parameters(optimizer)[1:]:
+            param.grad = expanded(param.grad)
+        optimizer.step()
+    assert_clipped_alike(*optimizers)
+
+
+def test_norm_of_many_tensors_and_dtypes(backend):
+    dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.complex64]
+    values = [torch.randn(1 + i % 3).to(dtypes[i % 5]) for i in range(60)]
+    optimizers = twins(backend, "SGD", values, max_grad_norm=1e-3)
+    for _ in range(2):
+        set_gradients(*optimizers)
+        for optimizer in optimizers:
+            optimizer.step()
+        assert_clipped_alike(*optimizers)
+
+
+@pytest.mark.parametrize(("norm", "limit"), [(1e300, 1e299), (1e-300, 1e-301), (3.0, 0.0)])
+def test_any_norm_and_limit(backend, norm, limit):
+    optimizers = twins(
+        backend, "SGD", [torch.zeros(3, dtype=torch.float64)], max_grad_norm=torch.tensor(limit)
+    )
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["params"][0].grad = torch.full((3,), norm, dtype=torch.float64)
+        optimizer.total_norm = torch.tensor(norm, dtype=torch.float64)
+        optimizer.step()
+    assert_clipped_alike(*optimizers)
+
+
+@pytest.mark.parametrize("dtypes", [FLOAT32, BFLOAT16, FLOAT16], ids=str)
+def test_factor_that_float_rounds_to_1_has_gradients_rounded_nonetheless(backend, dtypes):
+    limit = (1 + 1e-6) * (1 - 2.0**-30)
+    optimizers = twins(backend, "SGD", [torch.randn(40).to(dtypes.param)], max_grad_norm=limit)
+    set_gradients(*optimizers)
+    for optimizer in optimizers:
+        optimizer.grad_scale, optimizer.total_norm = torch.tensor(3.0), 1.0
+        optimizer.step()
+    assert_clipped_alike(*optimizers)
+
+
+@clipping_or_not
+@every_format
+def test_formats_with_clipping_and_averages(backend, kept, dtype, limit):
+    values = [torch.randn(shape).to(dtype) for shape in [(5,), (2, 130), (40, 3)]]
+    optimizers = twins(backend, "AdamW", values, max_grad_norm=limit, average=0.75, **kept)
+    for scale in (1.0, 3.0, 2.0):
+        set_gradients(*optimizers)
+        for optimizer in optimizers:
+            optimizer.grad_scale = torch.tensor(scale)
+            optimizer.step()
+        assert_clipped_alike(*optimizers)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, 1e200])  # the last's square is infinite
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_step_is_skipped_where_the_norm_is_not_finite(backend, name, number):
+    values = [torch.randn(size, dtype=torch.float64) for size in (3, 40)]
+    optimizers = twins(
+        backend, name, values, max_grad_norm=torch.inf, skip_nonfinite=True, average=0.75
+    )
+    assert_steps_alike(*optimizers, steps=2)
+    before = snapshot(optimizers[0])
+    set_gradients(*optimizers)
+    for optimizer in optimizers:
+        parameters(optimizer)[1].grad[7] = number
+        optimizer.step()
+    assert_clipped_alike(*optimizers)
+    assert_equal(snapshot(optimizers[0]), before)
+    assert [optimizer.skipped_steps for optimizer in optimizers] == [1, 1]
+    assert_steps_alike(*optimizers, steps=1)
+    assert [optimizer.skipped_steps for optimizer in optimizers] == [1, 1]
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@pytest.mark.parametrize("limit", [0.1, torch.inf])
+def test_norm_that_is_not_finite_and_not_skipped(backend, limit, number):
+    optimizers = twins(backend, "SGD", [torch.randn(5), torch.randn(3)], max_grad_norm=limit)
+    set_gradients(*optimizers)
+    for optimizer in optimizers:
+        parameters(optimizer)[1].grad[1] = number
+        optimizer.step()
+    assert_clipped_alike(*optimizers)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [FLOAT32, FLOAT64, BFLOAT16, FLOAT16, COMPLEX64, MIXED[0]], ids=str
+)
+def test_averages_have_the_cpus_bits(backend, dtypes):
+    shapes = [
+        ((), contiguous),
+        ((0,), contiguous),
+        ((CHUNK + 5,), contiguous),
+        ((5, 7), transposed),
+    ]
+    values = [
+        place(torch.randn(shape).to(dtypes.param))
+        for shape, place in [*shapes, ((4, 9), every_second), ((33,), unaligned)]
+    ]
+    assert_steps_alike(*twins(backend, "AdamW", values, average=0.9), steps=3)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_averages_stay_where_found_inf_stops_the_step(backend, name):
+    optimizers = twins(backend, name, [torch.randn(7).bfloat16(), torch.randn(9)], average=0.75)
+    for found_inf in (0.0, 1.0, 0.0):
+        set_gradients(*optimizers)
+        before = snapshot(optimizers[0])
+        for optimizer in optimizers:
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(found_inf)
+            optimizer.step()
+        assert_same_bits(*optimizers)
+        if found_inf:
+            assert_equal(snapshot(optimizers[0]), before)

@@ -25,6 +25,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import fastopt
 from cases import COMPLEX64, FLOAT32, FLOAT64, OPTIONS, UNIFORM, Case, construct, state_names
+from fastopt.options import DEFAULTS
 from helpers import (
     ASKED_FOR_TORCH,
     FALLBACK,
@@ -83,8 +84,8 @@ def test_signature_is_torchs_plus_ours(name):
         }
 
     ours = described(getattr(fastopt, name))
-    for own in ("states", "weights", "backend"):
-        assert ours.pop(own) == (inspect.Parameter.KEYWORD_ONLY, None)
+    for own, default in DEFAULTS.items():
+        assert ours.pop(own) == (inspect.Parameter.KEYWORD_ONLY, default)
     assert ours == described(getattr(torch.optim, name))
 
 

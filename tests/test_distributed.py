@@ -500,3 +500,76 @@ def on_two_dimensions(rank: int) -> None:
 
 def test_random_bits_do_not_depend_on_the_mesh(tmp_path):
     run_in_processes(on_two_dimensions, 4, tmp_path)
+
+
+# Norms over meshes.
+
+
+def norm_and_step(rank: int) -> None:
+    """The clipped step of a sharded model is that of the whole one."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    whole_model, model = make_model(), make_model()
+    whole_model.append(torch.nn.Linear(1, 1).double())
+    model.append(copy.deepcopy(whole_model[-1]))
+    for layer in (model[0], model[2]):
+        fully_shard(layer, mesh=mesh)
+    mine = fastopt.AdamW(model.parameters(), lr=0.05, max_grad_norm=0.1, average=0.5)
+    reference = fastopt.AdamW(whole_model.parameters(), lr=0.05, average=0.5)
+    for step in range(3):
+        inputs = torch.randn(4, 6, generator=torch.Generator().manual_seed(step)).double()
+        for each in (model, whole_model):
+            each.zero_grad()
+            each(inputs).square().mean().backward()
+        norm = fastopt.clip_grad_norm_(whole_model.parameters(), 0.1)
+        reference.step()
+        mine.step()  # its parameters are of a mesh, the last layer's plain
+        torch.testing.assert_close(mine.grad_norm, norm)
+        assert norm > 0.1
+    torch.testing.assert_close(wholes(model), wholes(whole_model))
+    averages = [whole(mine.state[p]["average"]) for p in model.parameters()]
+    expected = [reference.state[p]["average"] for p in whole_model.parameters()]
+    torch.testing.assert_close(averages, expected)
+
+
+def test_norm_is_that_of_the_whole_model(tmp_path):
+    run_in_processes(norm_and_step, 4, tmp_path)
+
+
+def clip_like_torch(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    models = [make_model() for _ in range(2)]
+    for model in models:
+        fully_shard(model, mesh=mesh)
+        model(torch.ones(4, 6, dtype=torch.float64)).square().mean().backward()
+    ours, stock = (list(model.parameters()) for model in models)
+    norm = fastopt.clip_grad_norm_(ours, 0.01)
+    expected = torch.nn.utils.clip_grad_norm_(stock, 0.01)
+    assert isinstance(norm, DTensor)
+    torch.testing.assert_close(norm.full_tensor(), expected.full_tensor())
+    torch.testing.assert_close([whole(p.grad) for p in ours], [whole(p.grad) for p in stock])
+
+
+def test_clip_grad_norm_of_sharded_gradients(tmp_path):
+    run_in_two_processes(clip_like_torch, tmp_path)
+
+
+def two_meshes(rank: int) -> None:
+    """torch's function cannot take both at once."""
+    first, second = (init_device_mesh("cpu", (2,), mesh_dim_names=(n,)) for n in "ab")
+    values = [torch.arange(1.0, 6), torch.arange(2.0, 8)]
+    params = []
+    for mesh, value, placement in zip(
+        (first, second), values, (Shard(0), Replicate()), strict=True
+    ):
+        param = torch.nn.Parameter(distribute_tensor(torch.zeros_like(value), mesh, [placement]))
+        param.grad = distribute_tensor(value.clone(), mesh, [placement])
+        params.append(param)
+    plain = torch.nn.Parameter(torch.zeros(2))
+    plain.grad = torch.tensor([3.0, 4.0])
+    norm = fastopt.clip_grad_norm_([*params, plain], 1.0)
+    torch.testing.assert_close(norm, torch.tensor(float(55 + 139 + 25)).sqrt())
+    torch.testing.assert_close(whole(params[0].grad), values[0] / norm)
+
+
+def test_norm_of_gradients_on_two_meshes_and_none(tmp_path):
+    run_in_two_processes(two_meshes, tmp_path)

@@ -170,12 +170,15 @@ def test_what_does_not_fit_says_so(monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name in situations.SITUATIONS if name != "graph"])
 def test_every_situation_steps(name):
-    """Each turn moves every parameter, whatever surrounds it."""
+    """Each turn moves every parameter, whatever surrounds it; or all that there is, gradients."""
     clock = tiny(name).clock("fastopt")
     for _ in range(2):
-        before = [param.detach().clone() for param in clock.situation.params]
+        params = clock.situation.params
+        clock.situation.before()
+        before = [t.detach().clone() for p in params for t in (p, p.grad)]
         clock.turn()
-        for old, new in zip(before, clock.situation.params, strict=True):
+        moved = params if name != "clip alone" else [param.grad for param in params]
+        for old, new in zip(before[name == "clip alone" :: 2], moved, strict=True):
             assert (old != new).all()
 
 

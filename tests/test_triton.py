@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import fastopt.triton
-from fastopt.triton import Table, apply, formats, kernels
+from fastopt.triton import Table, apply, formats, kernels, norm
 
 ROOT = Path(__file__).parents[1]
 
@@ -115,7 +116,7 @@ def struct(text, name):
 
 def kept_by(text):
     """The names of a rule's counts and of its states."""
-    states = re.search(r"kStates\[\] = {(.*?)};", text, re.S)[1]
+    states = re.search(r"kStates(?:\[\] = )?{(.*?)};", text, re.S)[1]
     keys = re.findall(r'(?:{|nonnegative\()"(\w+)"', states)
     counts = int(re.search(r"kCounts = (\d)", text)[1])
     return keys[:counts], keys[counts:]
@@ -151,11 +152,19 @@ def test_mirror_has_the_rules_options_states_and_scalars(rule):
         (kernels.OPTIONS, "kMaxOptions", "slot.h"),
         (kernels.MOST_STATES, "kMaxStates", "slot.h"),
         (formats.BLOCK, "kBlock", "formats/block.h"),
+        (norm.LANES, "kLanes", "norm.h"),
     ],
 )
 def test_constants_are_the_cores(ours, theirs, file):
     text = (ROOT / "csrc" / file).read_text()
     assert ours.value == int(re.search(rf"{theirs} = (\d+);", text)[1])
+
+
+def test_reasons_to_skip_are_the_cores():
+    text = (ROOT / "csrc" / "table.h").read_text()
+    named = re.search(r"enum class Skip : int { (.*?) };", text)[1].split(", ")
+    assert named.index("kNonfinite") == kernels.NONFINITE.value
+    assert named.index("kUnclipped") == kernels.UNCLIPPED.value
 
 
 def test_every_format_has_its_mirror():
@@ -206,7 +215,7 @@ def stream(monkeypatch):
 DATA = (b"slots   ", b"grads   ", b"numbers ", b"layouts.layouts.")
 
 
-def a_table(place=0, device=CUDA):
+def a_table(place=("update", 0), device=CUDA):
     dtypes = (FLOAT32,) * 4
     return Table(place, device, dtypes, (FLOAT32,), *DATA, 1)
 
@@ -222,7 +231,11 @@ def hold_data(tensors):
 def test_every_table_device_and_stream_has_its_own_copies(stream):
     cache, known = {}, []
     for stream.stream_id in (0, 7):
-        for table in (a_table(), a_table(place=1), a_table(device=torch.device("cuda", 1))):
+        for table in (
+            a_table(),
+            a_table(place=("update", 1)),
+            a_table(device=torch.device("cuda", 1)),
+        ):
             copies = apply.on_device(cache, table)
             assert are_new(copies, known)
             known += copies
@@ -247,7 +260,7 @@ def test_a_graph_has_its_own_copies_and_keeps_what_they_are_from(stream):
 def test_a_graph_pins_no_memory_of_its_own(stream, monkeypatch):
     cache = {}
     apply.on_device(cache, a_table())
-    spare = list(cache["spare", 0, CUDA])
+    spare = list(cache["spare", ("update", 0), CUDA])
     stream.captures = True
     with monkeypatch.context() as patched:
         patched.setattr(apply, "pinned", None)
@@ -255,7 +268,7 @@ def test_a_graph_pins_no_memory_of_its_own(stream, monkeypatch):
     assert list(map(id, cache["captured"][0])) == list(map(id, spare))
     stream.captures = False
     apply.on_device(cache, a_table())
-    assert not {id(one) for one in cache["spare", 0, CUDA]} & {id(one) for one in spare}
+    assert not {id(one) for one in cache["spare", ("update", 0), CUDA]} & {id(one) for one in spare}
 
 
 # Compiled for sm_90, which needs no GPU.
@@ -267,9 +280,15 @@ def compiled(kernel, rule, kept):
     function = getattr(kernels, kernel)
     counted = max(len(kept_by(headers()[rule])[0]), formats.any_random(kept))
     constants = getattr(apply.constants(rule, kept, (FLOAT32,) * counted, "cuda"), kernel)
-    arguments = function.arg_names[: -len(constants)]
     scalars = "*fp64" if kept[0] == FLOAT64 else "*fp32"
-    types = dict.fromkeys(arguments, "*i64") | {"scalars": scalars, "slot_count": "i32"}
+    types = {"scalars": scalars, "slot_count": "i32"}
+    return compiled_with(function, types, constants, apply.OPTIONS)
+
+
+def compiled_with(function, types, constants, options):
+    """Arguments are pointers to words but for those whose types are given, and the constants."""
+    arguments = function.arg_names[: -len(constants)]
+    types = dict.fromkeys(arguments, "*i64") | types
     constexprs = dict(zip(function.arg_names[-len(constants) :], constants, strict=True))
     aligned = {
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(arguments) if types[name][0] == "*"
@@ -277,7 +296,7 @@ def compiled(kernel, rule, kept):
     source = ASTSource(
         function, types | dict.fromkeys(constexprs, "constexpr"), constexprs, aligned
     )
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=apply.OPTIONS)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
 def instructions(ptx):
@@ -293,6 +312,7 @@ UPDATES = {
         ("adam", 3, {"fma": 3, "div": 3, "sqrt": 1}),
         ("adamax", 2, {"fma": 3, "div": 2, "sqrt": 0}),
         ("asgd", 1, {"fma": 3, "div": 1, "sqrt": 0}),
+        ("average", 0, {"fma": 1, "div": 1, "sqrt": 0}),
         ("lion", 1, {"fma": 3, "div": 1, "sqrt": 0}),
         ("nadam", 2, {"fma": 4, "div": 3, "sqrt": 1}),
         ("radam", 2, {"fma": 4, "div": 2, "sqrt": 1}),
@@ -306,6 +326,7 @@ UPDATES = {
     for kept in [
         *((dtype,) * (2 + states) for dtype in (FLOAT32, FLOAT64, BFLOAT16, FLOAT16)),
         (BFLOAT16, *(FLOAT32,) * (1 + states)),
+        (FLOAT32, BFLOAT16, *(FLOAT32,) * states),
         (BFLOAT16, BFLOAT16, *(FLOAT32,) * states),
         (FLOAT32, FLOAT32, *(STOCHASTIC,) * states),
         (SPLIT, BFLOAT16, *(FLOAT32,) * states, REMAINDER),
@@ -321,7 +342,9 @@ UPDATES = {
         ),
     ]
     # Each takes a compilation: how other formats are accessed does not depend on the rule.
-    if rule in ("adam", "sgd") or kept in ((FLOAT32,) * (2 + states), (FLOAT64,) * (2 + states))
+    if rule in ("adam", "sgd")
+    or kept in ((FLOAT32,) * (2 + states), (FLOAT64,) * (2 + states))
+    or (rule, kept) == ("average", (FLOAT32, BFLOAT16))
 }
 
 of_updates = pytest.mark.parametrize(("rule", "kept"), UPDATES, ids=str)
@@ -389,11 +412,17 @@ def test_advance_fuses_in_powers_only(rule, state):
     assert instructions(ptx)["fma.rn.f64"] == 2 * powers - of_constant
 
 
+def run_tool(name, *arguments):
+    tools = Path(inspect.getfile(triton)).parent / "backends" / "nvidia" / "bin"
+    return subprocess.run(
+        [tools / name, *arguments], check=True, capture_output=True, text=True
+    ).stdout
+
+
 def usage(kernel, folder):
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
-    tools = Path(inspect.getfile(triton)).parent / "backends" / "nvidia" / "bin"
-    text = subprocess.check_output([tools / "cuobjdump", "--dump-resource-usage", cubin], text=True)
+    text = run_tool("cuobjdump", "--dump-resource-usage", cubin)
     return {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", text)}
 
 
@@ -405,3 +434,54 @@ def test_update_leaves_room_for_the_programs_its_tile_is_chosen_for(rule, kept, 
     assert used["STACK"] == used["LOCAL"] == 0
     programs = 65_536 // (used["REG"] * 32 * apply.OPTIONS["num_warps"])
     assert programs >= (5 if set(kept) == {FLOAT32} else 3 if FLOAT64 in kept else 4)
+
+
+# The sum of a chunk, and of all chunks.
+
+
+@cache
+def compiled_norm(format):
+    """Of gradients kept in this format; of "sums" the last kernel."""
+    if format == "sums":
+        types = dict.fromkeys(("sums", "norm"), "*fp64") | {"count": "i32", "value": "i64"}
+        types |= {"tensor": "i32", "dtype": "i32"}
+        constants = (apply.rows(FLOAT64, "cuda", apply.LAST_LANE_BYTES),)
+        return compiled_with(kernels.total, types, constants, apply.NORM_OPTIONS)
+    types = {"sums": "*fp64", "slot_count": "i32"}
+    constants = (format, format), apply.rows(format, "cuda", apply.LANE_BYTES)
+    return compiled_with(kernels.sum_squares, types, constants, apply.NORM_OPTIONS)
+
+
+of_norms = pytest.mark.parametrize("format", [FLOAT32, FLOAT64, BFLOAT16, FLOAT16, "sums"])
+
+
+@of_norms
+def test_norm_rounds_every_square_and_sum(format):
+    ptx = compiled_norm(format).asm["ptx"]
+    assert not re.search(r"approx|full|ftz|\b(mul|add|sub)\.f|fma", ptx)
+    found = instructions(ptx)
+    if format == "sums":
+        assert found["sqrt.rn.f64"] == found["div.rn.f64"] == 1
+        return
+    rows = apply.rows(format, "cuda", apply.LANE_BYTES) + 1  # of dense gradients, and of others
+    assert found["mul.rn.f64"] == rows
+    assert found["add.rn.f64"] == rows + 5
+
+
+@of_norms
+def test_norm_leaves_room_for_32_programs_and_uses_no_shared_memory(format, tmp_path):
+    kernel = compiled_norm(format)
+    used = usage(kernel, tmp_path)
+    assert used["STACK"] == used["LOCAL"] == used["SHARED"] == kernel.metadata.shared == 0
+    assert used["REG"] * 32 * 32 <= 65_536
+
+
+@pytest.mark.parametrize("format", [FLOAT32, FLOAT64, BFLOAT16, FLOAT16])
+def test_rows_are_on_their_way_together(format, tmp_path):
+    """No sum before the last of them is loaded: the compiler has moved the loads up."""
+    used = usage(compiled_norm(format), tmp_path)  # which leaves the file
+    assert used
+    listing = run_tool("nvdisasm", "-c", tmp_path / "kernel.cubin")
+    loads_and_sums = re.findall(r"\b(LDG|DADD)\b", listing)
+    runs = [len(list(run)) for name, run in groupby(loads_and_sums) if name == "LDG"]
+    assert max(runs) >= apply.rows(format, "cuda", apply.LANE_BYTES)

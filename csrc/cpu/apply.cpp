@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "../rules/rules.h"
-#include "float_mode.h"
+#include "chunks.h"
 #include "tile.h"
 
 namespace fastopt::cpu {
@@ -96,26 +96,39 @@ __attribute__((noinline)) void find_indices(const Elements& elements, int tensor
   });
 }
 
+// Divides gradients by grad_scale, and clips them as if they were written before they are read.
+template <class T>
+__attribute__((noinline)) void scale_gradient(T* grad, int64_t n, const Work& work) {
+  const T divisor = T(work.grad_scale), factor = T(work.clip);
+  if (work.grad_scale != 1) {
+    for (int64_t i = 0; i < n; ++i) grad[i] /= divisor;
+  }
+  if (work.clip == 1) return;
+  if (work.grad_scale != 1) round_to(work.format[kGrad], grad, n);
+  for (int64_t i = 0; i < n; ++i) grad[i] *= factor;
+  round_to(work.format[kGrad], grad, n);
+}
+
 // A tile by way of buffers, but for tensors that can be computed where they lie.
 template <class Rule, int kStates, class T>
 void update_tile(const Elements& elements, const Advanced<Rule, T>& advanced) {
   constexpr int kCount = kState + kStates;
   const Work& work = elements.work;
   const int count = tensor_count(kStates, work.format[kParam]);
-  const bool rescale = work.grad_scale != 1;
+  const bool rescale = work.grad_scale != 1, clip = work.clip != 1;
   alignas(64) T buffer[kCount][kTile];
   alignas(64) uint32_t index[kTile];
   T* tensor[kCount];
   for (int i = 0; i < kCount; ++i) {
-    const bool in_place =
-        elements.slot.layout == kDense && work.format[i] == kNative<T> && !(i == kGrad && rescale);
+    const bool in_place = elements.slot.layout == kDense && work.format[i] == kNative<T> &&
+                          !(i == kGrad && (rescale || clip));
     tensor[i] = in_place ? static_cast<T*>(elements.slot.data[i]) + elements.begin : buffer[i];
     if (!in_place) load_tensor(elements, i, buffer[i]);
   }
   if (count > kCount) load_tensor(elements, kCount, buffer[kParam]);  // completes a split parameter
-  if (rescale) {
-    for (int64_t i = 0; i < elements.n; ++i) buffer[kGrad][i] /= T(work.grad_scale);
-    store_tensor(elements, kGrad, buffer[kGrad], 0, index);
+  if (rescale || clip) {
+    scale_gradient(buffer[kGrad], elements.n, work);
+    if (rescale) store_tensor(elements, kGrad, buffer[kGrad], 0, index);
   }
   update<Rule, kStates, T>(advanced.k, tensor, Unit{}, elements.n);
   if (any_random(work)) find_indices(elements, count, index);
@@ -178,7 +191,8 @@ void update_chunk(const Work& work, const Advanced<Rule, T>& advanced, const Slo
   if constexpr (sizeof(T) == sizeof(float)) {
     if (slot.rows != 0) return update_blocks<Rule, kStates>(work, advanced, slot, chunk);
   }
-  bool native = work.grad_scale == 1;  // all are T in memory: nothing to convert
+  // All are T in memory: nothing to convert.
+  bool native = work.grad_scale == 1 && work.clip == 1;
   for (int i = 0; i < kCount; ++i) native = native && work.format[i] == kNative<T>;
   if (slot.layout != kDense) {
     return update_strided<Rule, kStates, T>(work, advanced, slot, chunk, native);
@@ -229,37 +243,38 @@ void advance(const Work& work, Advanced<Rule, T>* advanced) {
   }
 }
 
+// Averages. A chunk of one goes along with that of its parameter where both are the same elements.
+bool goes_along(const Slot& slot, const Slot& average) {
+  return slot.layout == kDense && slot.rows == 0 && average.layout == kDense;
+}
+
+template <class T>
+__attribute__((noinline)) void average_chunk(const Work& average, int64_t i, int64_t chunk) {
+  const auto* const advanced = static_cast<const Advanced<Average, T>*>(average.scalars);
+  update_chunk<Average, 0, T>(average, advanced[i], average.slots[i], chunk);
+}
+
+template <class T>
+void average_the_rest(const Work& work) {
+  for_each_chunk(*work.average, [&](int64_t i, int64_t chunk) {
+    const Slot& own = work.average->slots[i];
+    if (!goes_along(work.slots[i], own))
+      average_chunk<T>(*work.average, i, chunk - own.first_chunk);
+  });
+}
+
 template <class Rule, int kStates, class T>
 void apply(const Work& work) {
   auto* const advanced = static_cast<Advanced<Rule, T>*>(work.scalars);
   advance<Rule, T>(work, advanced);
-  // From a chunk's slot, or one before it, to that slot.
-  const auto update_at = [&](int64_t chunk, int64_t slot_before) {
-    const int64_t i = slot_of_chunk(work.slots, work.slot_count, slot_before, chunk);
+  for_each_chunk(work, [&](int64_t i, int64_t chunk) {
     const Slot& slot = work.slots[i];
-    update_chunk<Rule, kStates, T>(work, advanced[i], slot, chunk - slot.first_chunk);
-    return i;
-  };
-  if (work.threads == 1 || work.numel < kSerial) {  // without the OpenMP runtime at all
-    for (int64_t chunk = 0, slot = 0; chunk < work.chunk_count; ++chunk) {
-      slot = update_at(chunk, slot);
+    const int64_t own = chunk - slot.first_chunk;
+    update_chunk<Rule, kStates, T>(work, advanced[i], slot, own);
+    if (work.average && goes_along(slot, work.average->slots[i])) {
+      average_chunk<T>(*work.average, i, own);
     }
-    return;
-  }
-  // Where there are plenty, a thread takes several chunks in a row: longer streams, 4 % more
-  // bandwidth.
-  const int64_t in_a_row = work.chunk_count < 256 * work.threads ? 4 : 16;
-  // Which thread takes a chunk must not decide its bits: all compute in the mode of the caller's.
-  const FloatMode callers = float_mode();
-#pragma omp parallel num_threads(work.threads)
-  {
-    const FloatMode own = float_mode();
-    if (own != callers) set_float_mode(callers);
-    int64_t slot = 0;  // a thread meets chunks in rising order
-#pragma omp for schedule(monotonic : dynamic, in_a_row) nowait
-    for (int64_t chunk = 0; chunk < work.chunk_count; ++chunk) slot = update_at(chunk, slot);
-    if (own != callers) set_float_mode(own);
-  }
+  });
 }
 
 template <class Rule, class T, int kStates = Rule::kFewestStates>
@@ -270,12 +285,21 @@ void apply_states(const Work& work) {
   }
 }
 
+template <class Rule, class T>
+void apply_as(const Work& work) {
+  if (work.average) {
+    advance<Average, T>(*work.average, static_cast<Advanced<Average, T>*>(work.average->scalars));
+  }
+  apply_states<Rule, T>(work);
+  if (work.average) average_the_rest<T>(work);
+}
+
 template <class Rule>
 void apply_rule(const Work& work) {
   if (work.format[kParam] == Format::kFloat64) {
-    apply_states<Rule, double>(work);
+    apply_as<Rule, double>(work);
   } else {
-    apply_states<Rule, float>(work);
+    apply_as<Rule, float>(work);
   }
 }
 

@@ -20,16 +20,24 @@ struct Work {
   int64_t chunk_count;
   const int64_t* layouts;
   int64_t numel;
-  void* scalars;     // room for each slot's
-  float grad_scale;  // gradients are divided by it and written back; 1 leaves them alone
+  void* scalars;        // room for each slot's
+  float grad_scale;     // gradients are divided by it and written back; 1 leaves them alone
+  double clip;          // and then multiplied by this
+  const Work* average;  // of the rule Average, for the same slots, or null
   int threads;
 };
 
 // The name of the instruction set in use: "avx512", "avx2" or "baseline".
 const char* instruction_set();
 
+// The sums of the squares of a table's gradients, one a chunk, and their sum. Needs no GIL.
+void sum_squares(const Table& table, double* sums, int threads);
+double total(const std::vector<double>& sums);
+
+// The averages of the parameters, if any, are moved by chunks, too, while these are in the cache.
 // Both phases, advance and update, on the best instruction set this processor has.
 // Needs no GIL.
-void apply(int rule, const Table& table, const Group* groups, float grad_scale, int threads);
+void apply(int rule, const Table& table, const Group* groups, const Table* averages,
+           const Group& decay, float grad_scale, double clip, int threads);
 
 }  // namespace fastopt::cpu

@@ -10,7 +10,9 @@
 
 namespace fastopt::cpu {
 
-#define FASTOPT_DECLARE(isa) void apply_##isa(const Work&);
+#define FASTOPT_DECLARE(isa)     \
+  void apply_##isa(const Work&); \
+  void sum_squares_##isa(const Work&, double*);
 FASTOPT_DECLARE(baseline)
 #ifdef FASTOPT_X86
 FASTOPT_DECLARE(avx2)
@@ -22,6 +24,7 @@ namespace {
 struct InstructionSet {
   const char* name;
   void (*apply)(const Work&);
+  void (*sum_squares)(const Work&, double*);
 };
 
 InstructionSet choose() {
@@ -32,12 +35,12 @@ InstructionSet choose() {
   if (allowed("avx512") && __builtin_cpu_supports("avx512f") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return {"avx512", apply_avx512};
+    return {"avx512", apply_avx512, sum_squares_avx512};
   }
   if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return {"avx2", apply_avx2};
+    return {"avx2", apply_avx2, sum_squares_avx2};
 #endif
-  return {"baseline", apply_baseline};
+  return {"baseline", apply_baseline, sum_squares_baseline};
 }
 
 const InstructionSet& chosen() {
@@ -50,16 +53,60 @@ const InstructionSet& chosen() {
 std::atomic<bool> forked{false};
 const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
+// What a table says of the work on it.
+Work work_of(const Table& table, int threads) {
+  Work work{};
+  work.states = table.states;
+  work.counts = table.counts;
+  work.format = table.format;
+  work.slots = table.slots.data();
+  work.slot_count = static_cast<int64_t>(table.slots.size());
+  work.chunk_count = table.chunk_count;
+  work.layouts = table.layouts.data();
+  work.numel = table.numel;
+  work.threads = forked ? 1 : threads;
+  return work;
+}
+
 }  // namespace
 
 const char* instruction_set() { return chosen().name; }
 
-void apply(int rule, const Table& table, const Group* groups, float grad_scale, int threads) {
-  const std::unique_ptr<unsigned char[]> scalars(
-      new unsigned char[table.slots.size() * kScalarBytes]);
-  chosen().apply({rule, table.states, table.counts, table.format, groups, table.slots.data(),
-                  static_cast<int64_t>(table.slots.size()), table.chunk_count, table.layouts.data(),
-                  table.numel, scalars.get(), grad_scale, forked ? 1 : threads});
+void apply(int rule, const Table& table, const Group* groups, const Table* averages,
+           const Group& decay, float grad_scale, double clip, int threads) {
+  const auto scalars = [&] {
+    return std::unique_ptr<unsigned char[]>(new unsigned char[table.slots.size() * kScalarBytes]);
+  };
+  const auto own = scalars(), of_averages = averages ? scalars() : nullptr;
+  Work average{};
+  if (averages) {
+    average = work_of(*averages, threads);
+    average.groups = &decay;
+    average.scalars = of_averages.get();
+    average.grad_scale = 1;
+    average.clip = 1;
+  }
+  Work work = work_of(table, threads);
+  work.rule = rule;
+  work.groups = groups;
+  work.scalars = own.get();
+  work.grad_scale = grad_scale;
+  work.clip = clip;
+  work.average = averages ? &average : nullptr;
+  chosen().apply(work);
+}
+
+void sum_squares(const Table& table, double* sums, int threads) {
+  chosen().sum_squares(work_of(table, threads), sums);
+}
+
+double total(const std::vector<double>& sums) {
+  double lane[kLanes] = {};
+  for (size_t i = 0; i < sums.size(); ++i) lane[i % kLanes] += sums[i];
+  for (int count = kLanes / 2; count > 0; count /= 2) {
+    for (int l = 0; l < count; ++l) lane[l] = lane[2 * l] + lane[2 * l + 1];
+  }
+  return lane[0];
 }
 
 }  // namespace fastopt::cpu

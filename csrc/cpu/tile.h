@@ -31,7 +31,7 @@ constexpr int64_t kEdge = 32;
 constexpr int kMaxDims = 64;   // torch allows no more
 constexpr int kMaxLoops = 10;  // no more dimensions of two and more elements fit into a tile
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // A box of elements; buffers hold it in row-major order.
 struct Tile {
@@ -106,7 +106,7 @@ struct View {
 };
 
 // Of n elements of an array.
-View view_of(int64_t begin, int64_t n, void* data, Format format) {
+inline View view_of(int64_t begin, int64_t n, void* data, Format format) {
   View view;
   view.data = data;
   view.format = format;
@@ -117,7 +117,8 @@ View view_of(int64_t begin, int64_t n, void* data, Format format) {
   return view;
 }
 
-View view_of(const Tile& tile, const Tile& next, const Layout& layout, void* data, Format format) {
+inline View view_of(const Tile& tile, const Tile& next, const Layout& layout, void* data,
+                    Format format) {
   View view = view_of(0, 1, data, format);
   view.ahead = 0;
   int64_t in_buffer = 1;
@@ -203,7 +204,7 @@ inline void walk(const View& view, Visit visit, Prefetch prefetch) {
 }
 
 template <class E, class T>
-void load(const View& view, T* to) {
+inline void load(const View& view, T* to) {
   const E* const from = static_cast<const E*>(view.data);
   const E* const next = from + view.ahead;
   walk(
@@ -211,8 +212,19 @@ void load(const View& view, T* to) {
       [=](int64_t in_memory) { __builtin_prefetch(next + in_memory); });
 }
 
+// Rounds numbers as storing them in a format and loading them would.
+template <class E>
+void round_as(float* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] = widen(narrow<E>(x[i]));
+}
+inline void round_to(Format format, float* x, int64_t n) {
+  if (format == Format::kBFloat16) round_as<BFloat16>(x, n);
+  if (format == Format::kFloat16) round_as<Float16>(x, n);
+}
+inline void round_to(Format, double*, int64_t) {}
+
 // To the parameter in the buffer, which its view has loaded.
-void join(const View& view, float* to) {
+inline void join(const View& view, float* to) {
   const Remainder* const from = static_cast<const Remainder*>(view.data);
   const Remainder* const next = from + view.ahead;
   walk(
@@ -230,7 +242,7 @@ struct Random {
 };
 
 template <class E, class T>
-void store(const View& view, const T* from, const Random& random) {
+inline void store(const View& view, const T* from, const Random& random) {
   E* const to = static_cast<E*>(view.data);
   const uint32_t* const index = random.index;
   const uint32_t key = random.key;
@@ -313,7 +325,7 @@ void store_blocks(const View& view, const Run& run, const float* from, const Ran
   }
 }
 
-void load(const View& view, const Run* run, float* to) {
+inline void load(const View& view, const Run* run, float* to) {
   switch (view.format) {
     case Format::kFloat32: return load<float>(view, to);
     case Format::kBFloat16: return load<BFloat16>(view, to);
@@ -327,7 +339,7 @@ void load(const View& view, const Run* run, float* to) {
   }
 }
 
-void store(const View& view, const Run* run, const float* from, const Random& random) {
+inline void store(const View& view, const Run* run, const float* from, const Random& random) {
   switch (view.format) {
     case Format::kFloat32: return store<float>(view, from, random);
     case Format::kBFloat16: return store<BFloat16>(view, from, random);
@@ -341,8 +353,8 @@ void store(const View& view, const Run* run, const float* from, const Random& ra
   }
 }
 
-void load(const View& view, const Run*, double* to) { load<double>(view, to); }
-void store(const View& view, const Run*, const double* from, const Random& random) {
+inline void load(const View& view, const Run*, double* to) { load<double>(view, to); }
+inline void store(const View& view, const Run*, const double* from, const Random& random) {
   store<double>(view, from, random);
 }
 

@@ -7,11 +7,11 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <stdexcept>
 #include <type_traits>
 
 #include "apply.h"
 #include "device.h"
+#include "launch.h"
 #include "vector.h"
 
 namespace fastopt::cuda {
@@ -22,12 +22,20 @@ constexpr int kThreads = 256;
 // One warp a block: advance is short, and its blocks spread over the multiprocessors.
 constexpr int kAdvanceThreads = 32;
 
+// What gradients are divided by and then multiplied by.
+struct Scale {
+  double clip;
+  float clip_rounded;
+  float grad_scale;
+  bool clips;  // by a factor that may be 1 in float
+};
+
 // A table in device memory.
 struct Work {
   Slot* slots;
   void* scalars;  // of every slot, as its rule makes them
   int64_t* layouts;
-  float* grad_scale;
+  Scale* scale;
   int64_t slot_count;
   int64_t chunk_count;
   int counts;
@@ -42,7 +50,7 @@ constexpr int kBatchLayouts = 1 + 64 * (2 + kMaxTensors);  // one of torch's 64 
 
 struct Batch {
   Work work;
-  Number found_inf, grad_scale;
+  Scaling scaling;
   int64_t first_slot;    // the table's index of slots[0]
   int64_t first_layout;  // and of layouts[0]
   int tensors, slot_count, group_count, layout_count;
@@ -52,25 +60,22 @@ struct Batch {
 };
 static_assert(sizeof(Batch) <= 32764);
 
-__device__ double read(const Number& number) {
-  if (!number.tensor) return number.value;
-  switch (number.format) {
-    case Format::kFloat32: return *static_cast<const float*>(number.tensor);
-    case Format::kFloat64: return *static_cast<const double*>(number.tensor);
-    case Format::kBFloat16: return widen(*static_cast<const BFloat16*>(number.tensor));
-    case Format::kFloat16: return widen(*static_cast<const Float16*>(number.tensor));
-    default: return 0;  // as_number has checked
-  }
-}
-
 // Phase one, a thread a slot.
 template <class Rule, class T>
 __global__ void advance(const __grid_constant__ Batch batch) {
   const int i = blockIdx.x * kAdvanceThreads + threadIdx.x;
   if (i >= batch.slot_count) return;
   const Work& work = batch.work;
-  const bool skip = read(batch.found_inf) != 0;
-  if (batch.first_slot + i == 0) *work.grad_scale = static_cast<float>(read(batch.grad_scale));
+  const Scaling& scaling = batch.scaling;
+  const double norm = read(scaling.norm), max_norm = read(scaling.max_norm);
+  const bool overflowed = read(scaling.found_inf) != 0;
+  const bool skip = overflowed || skips(scaling.skip, norm, max_norm);
+  if (batch.first_slot + i == 0) {
+    const double clip = clip_factor(norm, max_norm);
+    *work.scale = {clip, static_cast<float>(clip), static_cast<float>(read(scaling.grad_scale)),
+                   clip != 1};
+    if (scaling.skipped && skip && !overflowed) ++*scaling.skipped;
+  }
 
   Slot slot = batch.slots[i];
   constexpr int kMost = kMostCounts<Rule>;
@@ -195,12 +200,18 @@ struct Turn {
   const Work& work;
   const Slot& slot;
   const Advanced<Rule, T> advanced;
-  const T grad_scale;
+  const T grad_scale, clip;
+  const bool clips;
   void* data[kTensors];  // copies: for all the compiler knows, a store could change the slot
 
   __device__ Turn(const Work& work, const Slot& slot, const Advanced<Rule, T>& advanced,
-                  T grad_scale)
-      : work(work), slot(slot), advanced(advanced), grad_scale(grad_scale) {
+                  const Scale& scale)
+      : work(work),
+        slot(slot),
+        advanced(advanced),
+        grad_scale(static_cast<T>(scale.grad_scale)),
+        clip(sizeof(T) == sizeof(double) ? T(scale.clip) : T(scale.clip_rounded)),
+        clips(scale.clips) {
 #pragma unroll
     for (int j = 0; j < kTensors; ++j) data[j] = slot.data[j];
   }
@@ -299,13 +310,22 @@ struct Turn {
     store<N>(j, at, vector);
   }
 
+  // Divides gradients by grad_scale, and clips them as if they were written before they are read.
+  // (Without a branch, which compilers would make two copies of the rule for.)
+  template <int N>
+  __device__ void scale_gradient(T (&x)[N]) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const T unscaled = x[i] / grad_scale;
+      const T clipped = rounded_to(format(kGrad), rounded_to(format(kGrad), unscaled) * clip);
+      x[i] = clips ? clipped : unscaled;
+    }
+  }
+
   // The rule on N elements, x[j] being those of tensor j.
   template <int N>
   __device__ void update(T (&x)[kCount][N]) const {
-    if (grad_scale != T(1)) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) x[kGrad][i] /= grad_scale;
-    }
+    if (grad_scale != T(1) || clips) scale_gradient(x[kGrad]);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       T s[kStates + 1];  // one more than needed: C++ has no arrays of zero elements
@@ -589,13 +609,13 @@ template <class Rule, int kStates, class Formats>
 __global__ void __launch_bounds__(kThreads, Formats::resident_blocks(kStates))
     update(const __grid_constant__ Work work) {
   using T = typename Formats::Arithmetic;
-  const T grad_scale = *work.grad_scale;
+  const Scale scale = *work.scale;
   int64_t i = 0;
   for (int64_t chunk = blockIdx.x; chunk < work.chunk_count; chunk += gridDim.x) {
     i = slot_of_chunk(work.slots, work.slot_count, i, chunk);
     const Slot& slot = work.slots[i];
     Turn<Rule, kStates, Formats> turn(
-        work, slot, static_cast<const Advanced<Rule, T>*>(work.scalars)[i], grad_scale);
+        work, slot, static_cast<const Advanced<Rule, T>*>(work.scalars)[i], scale);
     if constexpr (Formats::kBlocks) {
       update_blocks(turn, chunk - slot.first_chunk);
     } else {
@@ -605,20 +625,6 @@ __global__ void __launch_bounds__(kThreads, Formats::resident_blocks(kStates))
 }
 
 // From here on, the host.
-
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
-            const Arguments&... arguments) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(threads);
-  config.stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("CUDA did not launch a step: ") +
-                             cudaGetErrorString(error));
-  }
-}
 
 int64_t layouts_of(const Table& table, const Slot& slot) {
   return slot.layout == kDense ? 0 : layout_size(table.layouts[slot.layout], table.tensors());
@@ -708,11 +714,11 @@ void apply_rule(const Table& table, const Group* groups, Batch& batch, void* str
 
 int64_t scratch_bytes(const Table& table) {
   return static_cast<int64_t>(table.slots.size() * (sizeof(Slot) + kScalarBytes) +
-                              table.layouts.size() * sizeof(int64_t) + sizeof(float));
+                              table.layouts.size() * sizeof(int64_t) + sizeof(Scale));
 }
 
-void apply(int rule, const Table& table, const Group* groups, const Number& found_inf,
-           const Number& grad_scale, void* scratch, void* stream) {
+void apply(int rule, const Table& table, const Group* groups, const Scaling& scaling, void* scratch,
+           void* stream) {
   constexpr void (*kApply[])(const Table&, const Group*, Batch&, void*) = {
 #define FASTOPT_APPLY(Rule) apply_rule<Rule>,
       FASTOPT_FOR_EACH_RULE(FASTOPT_APPLY)
@@ -729,10 +735,9 @@ void apply(int rule, const Table& table, const Group* groups, const Number& foun
   work.scalars = work.slots + work.slot_count;
   work.layouts =
       reinterpret_cast<int64_t*>(static_cast<char*>(work.scalars) + work.slot_count * kScalarBytes);
-  work.grad_scale = reinterpret_cast<float*>(work.layouts + table.layouts.size());
+  work.scale = reinterpret_cast<Scale*>(work.layouts + table.layouts.size());
   batch.tensors = table.tensors();
-  batch.found_inf = found_inf;
-  batch.grad_scale = grad_scale;
+  batch.scaling = scaling;
   batch.first_slot = batch.first_layout = 0;
   batch.slot_count = batch.group_count = batch.layout_count = 0;
   kApply[rule](table, groups, batch, stream);

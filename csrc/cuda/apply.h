@@ -10,7 +10,15 @@ int64_t scratch_bytes(const Table& table);
 
 // Launches both phases, advance and update, on a stream of the table's device and returns at once.
 // Throws std::runtime_error when CUDA refuses a launch.
-void apply(int rule, const Table& table, const Group* groups, const Number& found_inf,
-           const Number& grad_scale, void* scratch, void* stream);
+void apply(int rule, const Table& table, const Group* groups, const Scaling& scaling, void* scratch,
+           void* stream);
+
+// Device memory, of any content, that norm needs for tables of one device.
+int64_t norm_scratch_bytes(const std::vector<Table>& tables);
+
+// Launches what leaves the norm of the gradients of such tables, divided by grad_scale, in device
+// memory; returns and throws as apply does.
+void norm(const std::vector<Table>& tables, const Number& grad_scale, void* scratch, double* norm,
+          void* stream);
 
 }  // namespace fastopt::cuda

@@ -37,4 +37,12 @@ FASTOPT_RULE constexpr int bytes_of(Format format) {
   return format == Format::kFloat64 ? 8 : format == Format::kFloat32 ? 4 : is_block(format) ? 1 : 2;
 }
 
+// What storing a gradient and loading it again makes of it.
+FASTOPT_RULE float rounded_to(Format format, float x) {
+  return format == Format::kBFloat16  ? widen(narrow<BFloat16>(x))
+         : format == Format::kFloat16 ? widen(narrow<Float16>(x))
+                                      : x;
+}
+FASTOPT_RULE double rounded_to(Format, double x) { return x; }
+
 }  // namespace fastopt

@@ -6,6 +6,7 @@
 #include "adam.h"
 #include "adamax.h"
 #include "asgd.h"
+#include "average.h"
 #include "lion.h"
 #include "nadam.h"
 #include "radam.h"
@@ -19,6 +20,7 @@
   DO(Adam)                        \
   DO(Adamax)                      \
   DO(ASGD)                        \
+  DO(Average)                     \
   DO(Lion)                        \
   DO(NAdam)                       \
   DO(RAdam)                       \

@@ -10,6 +10,7 @@ import os
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 _OLDEST = (3, 6)  # torch 2.10's; the ones before take subnormal numbers for 0 on NVIDIA's GPUs
 
@@ -20,19 +21,21 @@ class Table(NamedTuple):
     """A table of csrc/table.h, with the groups of its step, as raw little-endian memory.
 
     Args:
-        place: among the tables of the step.
+        place: what it is for, and which of the tables that are: ("update", 0).
         device: where all of its tensors are.
         formats: csrc's names of those of param, grad, the states in use and, if the param is split,
             what completes it.
         count_formats: of the slots' counts.
         slots: struct Slot each, without the gradients' addresses.
         grads: the address of each slot's gradient.
-        numbers: struct Number each: found_inf (0: none), grad_scale (1: none), then every group's.
+        numbers: struct Number each: found_inf (0: none), grad_scale (1: none), norm, max_norm
+            (infinite: none), skip (csrc/table.h's Skip), the counter of skipped steps (0: none),
+            then every group's. For a norm there are none.
         layouts: Table::layouts.
         chunk_count: of all slots together.
     """
 
-    place: int
+    place: tuple[str, int]
     device: torch.device
     formats: tuple[str, ...]
     count_formats: tuple[str, ...]
@@ -67,14 +70,33 @@ def why_not_import() -> str | None:
     return None
 
 
-def launch(cache: dict[Any, Any], rule: str, table: Table) -> None:
-    """Make one rule's step on one table, on its device's current stream, without waiting for it.
+def launch(cache: dict[Any, Any], kernels: str, *fields: Any) -> Tensor | None:
+    """Run kernels on one table, on its device's current stream, without waiting for it.
 
     Args:
         cache: what an optimizer keeps on its devices from step to step; its own, empty at first.
-        rule: the rule's kName.
-        table: the table.
-    """
-    from fastopt.triton.apply import apply
+        kernels: the kName of a rule, whose step is made, or "norm".
+        fields: of a Table; for a norm its parameters are the gradients.
 
-    apply(cache, rule, table)
+    Returns:
+        For a norm the sum of the squares of each chunk, in float64.
+    """
+    from fastopt.triton.apply import apply, sum_squares
+
+    table = Table(*fields)
+    if kernels == "norm":
+        return sum_squares(cache, table)
+    apply(cache, kernels, table)
+    return None
+
+
+def total(sums: list[Tensor], grad_scale: bytes) -> Tensor:
+    """The norm of the gradients whose squares' sums these are, in float64, on their device.
+
+    Args:
+        sums: of each table.
+        grad_scale: a struct Number: the norm is divided by it.
+    """
+    from fastopt.triton.apply import total
+
+    return total(sums, grad_scale)

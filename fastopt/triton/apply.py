@@ -1,9 +1,10 @@
-"""One rule on one table: what is sent to the device, and the two launches."""
+"""What is sent to the device, and the launches: of a rule on a table, and for a norm."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from fastopt.triton import (
     adam,
     adamax,
     asgd,
+    average,
     kernels,
     lion,
     nadam,
@@ -36,6 +38,7 @@ RULES = {
     "adam": adam,
     "adamax": adamax,
     "asgd": asgd,
+    "average": average,
     "lion": lion,
     "nadam": nadam,
     "radam": radam,
@@ -58,6 +61,12 @@ SLOTS = 128
 # registers than the tiles do.
 TILE, LANES = 1024, 128
 
+# For a norm a program is one warp, whose threads are the lanes. It has so many bytes of each lane
+# on their way at a time: 2 KiB in all, and of 32 programs, which share a multiprocessor, 64 KiB.
+# The last one has no other beside it.
+NORM_OPTIONS = {**OPTIONS, "num_warps": 1}
+LANE_BYTES, LAST_LANE_BYTES = 64, 256
+
 _ROW_BYTES = 8 * kernels.SLOT.value
 
 
@@ -79,6 +88,51 @@ def apply(cache: dict[Any, Any], rule: str, table: Table) -> None:
             kernels.update[(table.chunk_count,)](
                 slots, grads, layouts, scalars, slot_count, *update, **OPTIONS
             )
+
+
+def sum_squares(cache: dict[Any, Any], table: Table) -> Tensor:
+    """See fastopt.triton.launch."""
+    with _surroundings(table.device):
+        slots, grads, _, layouts = on_device(cache, table)
+        sums = torch.empty(table.chunk_count, dtype=torch.float64, device=table.device)
+        if table.chunk_count:
+            kernels.sum_squares[(table.chunk_count,)](
+                slots,
+                grads,
+                layouts,
+                sums,
+                len(table.grads) // 8,
+                table.formats,
+                rows(table.formats[1], table.device.type, LANE_BYTES),
+                **NORM_OPTIONS,
+            )
+    return sums
+
+
+def total(sums: list[Tensor], grad_scale: bytes) -> Tensor:
+    """See fastopt.triton.total."""
+    # As arguments of the kernel: a graph has them for good, and no memory to read them from.
+    value, tensor, dtype = struct.unpack("<qqB7x", grad_scale)
+    of_all = sums[0] if len(sums) == 1 else torch.cat(sums)
+    norm = torch.empty((), dtype=torch.float64, device=of_all.device)
+    with _surroundings(of_all.device):
+        kernels.total[(1,)](
+            of_all,
+            of_all.numel(),
+            value,
+            tensor,
+            dtype,
+            norm,
+            rows("float64", of_all.device.type, LAST_LANE_BYTES),
+            **NORM_OPTIONS,
+        )
+    return norm
+
+
+def rows(format: str, device: str, lane_bytes: int) -> int:
+    """How many numbers of each lane are loaded at a time."""
+    # The interpreter takes them one after another, and had better none past the end.
+    return 1 if device == "cpu" else 8 * lane_bytes // STORAGE[format].primitive_bitwidth
 
 
 class Constants(NamedTuple):

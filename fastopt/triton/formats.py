@@ -35,6 +35,12 @@ def is_block(format):
     return format in _OCTAVES
 
 
+@triton.constexpr_function
+def is_narrow(format):
+    """Of a gradient's formats: whether the arithmetic has more bits."""
+    return format in ("bfloat16", "float16")
+
+
 # Of all formats of a table: of param, grad and states, and of what completes a split parameter.
 
 
@@ -174,14 +180,36 @@ def encode(FORMAT: tl.constexpr, x, base, random):
     return code.to(tl.uint8)
 
 
+# nearest.h
+
+
+@triton.jit
+def bfloat16_bits(x):
+    """Of the nearest bfloat16."""
+    bits = x.to(tl.uint32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where(x != x, 0x7FC0, rounded)
+
+
+@triton.jit
+def nearest(FORMAT: tl.constexpr, x):
+    """Numbers as they would be loaded if they were stored in a gradient's format."""
+    if FORMAT == "bfloat16":
+        return (bfloat16_bits(x) << 16).to(tl.float32, bitcast=True)
+    elif FORMAT == "float16":
+        return x.to(tl.float16).to(tl.float32)
+    else:
+        return x
+
+
 # All of them. Of blocks, which are the rows of two-dimensional tensors, `scale_at` are pointers to
 # the scales, one a row, and `block_mask` tells which rows are blocks.
 
 
 @triton.jit
-def load(FORMAT: tl.constexpr, at, mask, scale_at=None, block_mask=None):
+def load(FORMAT: tl.constexpr, at, mask, scale_at=None, block_mask=None, other=None):
     """Elements as the arithmetic sees them: double for float64, float for all others."""
-    x = tl.load(at, mask)
+    x = tl.load(at, mask, other)
     if is_block(FORMAT):
         scale = tl.load(scale_at, block_mask).to(tl.uint32)
         return decode(FORMAT, x.to(tl.uint32), base_of(FORMAT, scale)[:, None])
@@ -209,8 +237,6 @@ def store(FORMAT: tl.constexpr, at, x, mask, random=None, scale_at=None, block_m
         rounded = (x.to(tl.uint32, bitcast=True) + (random >> 16)) >> 16
         tl.store(at, tl.where(x != x, 0x7FC0, rounded).to(tl.uint16), mask)
     elif FORMAT == "bfloat16":
-        bits = x.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        tl.store(at, tl.where(x != x, 0x7FC0, rounded).to(tl.uint16), mask)
+        tl.store(at, bfloat16_bits(x).to(tl.uint16), mask)
     else:
         tl.store(at, x.to(at.dtype.element_ty), mask)

@@ -1,4 +1,5 @@
-"""The two kernels, generic over the rule. A step launches each once for a table.
+"""The kernels. A step launches `advance` and `update`, which are generic over the rule, once each
+for a table; where it clips, `sum_squares` before them, and `total` once for all tables.
 
 A rule is a module like adam.py with two functions. `advance` takes the options, the step t,
 pointers k to the slots' rows of scalars, and the mask to store these with; a rule that keeps more
@@ -9,16 +10,18 @@ elements of param, grad and states, and how many states are in use; it returns a
 import triton
 import triton.language as tl
 
-from fastopt.triton.arithmetic import divide
+from fastopt.triton.arithmetic import divide, square_root
 from fastopt.triton.formats import (
     BLOCK,
     any_random,
     format_at,
     in_blocks,
+    is_narrow,
     is_random,
     join,
     key_of,
     load,
+    nearest,
     pointer,
     random_bits,
     scales,
@@ -27,6 +30,8 @@ from fastopt.triton.formats import (
     storage,
     store,
 )
+from fastopt.triton.norm import LANES as NORM_LANES
+from fastopt.triton.norm import add_lanes, clip_factor, is_finite, square
 
 # csrc/slot.h in 8-byte words: where members of Slot and Number are, and the size of each. The upper
 # half of LAYOUT is first_chunk, that of GROUP is fresh, and that of ROWS first_index.
@@ -43,12 +48,20 @@ MOST_COUNTS = tl.constexpr(3)
 # Rows up to so short would fill little of a tile as wide as a block: they have their own.
 NARROW = tl.constexpr(16)
 
-# Table.numbers: these two, then each group's options.
-FOUND_INF, GRAD_SCALE, GROUPS = map(tl.constexpr, range(3))
+# Table.numbers: csrc/table.h's Scaling, then each group's options. The tensor of SKIPPED is no
+# number's, but the counter.
+FOUND_INF, GRAD_SCALE, NORM, MAX_NORM, SKIP, SKIPPED, GROUPS = map(tl.constexpr, range(7))
+
+# csrc/table.h's enum class Skip.
+NONFINITE, UNCLIPPED = map(tl.constexpr, (1, 2))
 
 # What advance leaves for update: a row for each slot, in the type of its arithmetic. The rule's
 # scalars come first, these last: the seed of the step's random bits is an integer.
-K_SEED, K_GRAD_SCALE, K_SKIP, ROW = map(tl.constexpr, (13, 14, 15, 16))
+K_SEED, K_GRAD_SCALE, K_CLIP, K_SCALING, K_SKIP, ROW = map(tl.constexpr, (*range(11, 16), 16))
+
+# K_SCALING: what update is to do to gradients, the sum of these. In float a factor that clips may
+# have been rounded to 1, and yet it has gradients rounded.
+UNSCALE, CLIP = map(tl.constexpr, (1, 2))
 
 
 @triton.jit
@@ -59,11 +72,16 @@ def lower(word):
 
 @triton.jit
 def number(numbers, i):
-    """Number i in double, be it at hand or in a tensor of any DType."""
+    """Number i in double."""
     at = numbers + i * NUMBER
-    tensor = tl.load(at + TENSOR)
-    dtype = tl.where(tensor == 0, -1, tl.load(at + DTYPE) & 0xFF)
-    value = tl.load(at + VALUE).to(tl.float64, bitcast=True)
+    return number_of(tl.load(at + VALUE), tl.load(at + TENSOR), tl.load(at + DTYPE))
+
+
+@triton.jit
+def number_of(value, tensor, dtype):
+    """A Number in double, be it at hand or in a tensor of any DType."""
+    dtype = tl.where(tensor == 0, -1, dtype & 0xFF)
+    value = value.to(tl.float64, bitcast=True)
     float32 = load("float32", pointer(tensor, "float32"), dtype == 0).to(tl.float64)
     float64 = load("float64", pointer(tensor, "float64"), dtype == 1)
     bfloat16 = load("bfloat16", pointer(tensor, "bfloat16"), dtype == 2).to(tl.float64)
@@ -85,6 +103,19 @@ def seed_at(k):
     return (k + K_SEED).to(tl.pointer_type(tl.uint32))
 
 
+@triton.jit
+def skips(skip, norm, factor):
+    """csrc/table.h: whether a step is to be skipped for its norm."""
+    return ((skip == NONFINITE) & ~is_finite(norm)) | ((skip == UNCLIPPED) & (factor == 1))
+
+
+@triton.jit
+def count(counter, mask):
+    """One more, in an integer at this address."""
+    counter = counter.to(tl.pointer_type(tl.int64))
+    tl.store(counter, tl.load(counter, mask) + 1, mask)
+
+
 @triton.jit(do_not_specialize=["slot_count"])
 def advance(
     slots,
@@ -104,9 +135,15 @@ def advance(
     i = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     slot = slots + tl.minimum(i, slot_count - 1) * SLOT  # lanes past the end read the last slot
     k = scalars + i * ROW
-    found_inf = number(numbers, FOUND_INF)
-    tl.store(k + K_SKIP, tl.where(found_inf != 0, 1.0, 0.0), i < slot_count)
-    mask = i < tl.where(found_inf != 0, 0, slot_count)  # a skipped step counts and leaves nothing
+    norm = number(numbers, NORM)
+    factor = clip_factor(norm, number(numbers, MAX_NORM))
+    overflows = number(numbers, FOUND_INF) != 0
+    stops = ~overflows & skips(number(numbers, SKIP), norm, factor)
+    skipped = tl.load(numbers + SKIPPED * NUMBER + TENSOR)
+    count(skipped, stops & (skipped != 0) & (tl.program_id(0) == 0))
+    skip = overflows | stops
+    tl.store(k + K_SKIP, tl.where(skip, 1.0, 0.0), i < slot_count)
+    mask = i < tl.where(skip, 0, slot_count)  # a skipped step counts and leaves nothing
 
     group = tl.load(slot + GROUP)  # its upper half tells whether the slot is fresh
     if COUNTS > 0:
@@ -138,7 +175,11 @@ def advance(
             tl.store(c2_at, c2.to(C2), mask)
     else:
         RULE(o0, o1, o2, o3, o4, o5, o6, o7, t, k, mask)
-    tl.store(k + K_GRAD_SCALE, number(numbers, GRAD_SCALE).to(tl.float32), mask)
+    grad_scale = number(numbers, GRAD_SCALE).to(tl.float32)
+    scaling = tl.where(grad_scale != 1, UNSCALE, 0) + tl.where(factor != 1, CLIP, 0)
+    tl.store(k + K_GRAD_SCALE, grad_scale, mask)
+    tl.store(k + K_CLIP, factor, mask)
+    tl.store(k + K_SCALING, scaling, mask)
 
 
 @triton.jit
@@ -253,10 +294,21 @@ def update_tile(
         s2_at = element(tensors[4], S2, s2_i, VECTOR)
         s2_scale = scales(tensors[4], S2, scale)
         s2 = load(S2, s2_at, mask, s2_scale, block_mask)
-    grad_scale = tl.load(k + K_GRAD_SCALE)
-    if grad_scale != 1:
-        g = divide(g, grad_scale)
-        store(G, g_at, g, mask)
+    scaling = tl.load(k + K_SCALING)
+    if scaling != 0:  # in forms of which NVIDIA's compiler spills no registers
+        if is_narrow(G):
+            if scaling == CLIP:
+                g = nearest(G, g * tl.load(k + K_CLIP))
+            else:
+                g = divide(g, tl.load(k + K_GRAD_SCALE))
+                clipped = nearest(G, nearest(G, g) * tl.load(k + K_CLIP))  # as if written between
+                g = tl.where(scaling == UNSCALE, g, clipped)
+                store(G, g_at, g, mask)
+        else:  # one of the numbers may be 1
+            g = divide(g, tl.load(k + K_GRAD_SCALE)) * tl.load(k + K_CLIP)
+            written = scaling != CLIP
+            # Not by &: in the interpreter what comparing floats gives is none of integers.
+            store(G, g_at, g, written if mask is None else tl.where(written, mask, False))
     p, s0, s1, s2 = RULE(k, p, g, s0, s1, s2, STATES)
     index = first_index + in_whole.to(tl.uint32)  # not before: AMSGrad's registers would spill
     store(P, p_at, p, mask, random(FORMATS, 0, k, index))
@@ -410,3 +462,45 @@ def update(
         update_elements(
             RULE, FORMATS, k, tensors, layouts, layout, slot, chunk, vector, TILE, LANES, VECTOR
         )
+
+
+@triton.jit(do_not_specialize=["slot_count"])
+def sum_squares(slots, grads, layouts, sums, slot_count, FORMATS: tl.constexpr, ROWS: tl.constexpr):
+    """The sum of the squares of a chunk's gradients, a chunk per program of one warp."""
+    G: tl.constexpr = format_at(FORMATS, 1)
+    chunk = tl.program_id(0)
+    i = slot_of_chunk(slots, slot_count, chunk)
+    slot = slots + i * SLOT
+    g = pointer(tl.load(grads + i), G)
+    layout = lower(tl.load(slot + LAYOUT))
+    first = (chunk - (tl.load(slot + LAYOUT) >> 32)) * CHUNK
+    end = tl.minimum(first + CHUNK, tl.load(slot + NUMEL))
+    lane = tl.arange(0, NORM_LANES)
+    lanes = tl.zeros([NORM_LANES], tl.float64)
+    if layout == DENSE:
+        while first < end:
+            for row in tl.static_range(ROWS):  # no load waits for another
+                at = first + row * NORM_LANES + lane
+                lanes += square(load(G, g + at, at < end, other=0))
+            first += ROWS * NORM_LANES
+    else:
+        while first < end:
+            at = first + lane
+            _, in_memory, _, _, _, _, _ = strided(layouts + layout, at, FORMATS)
+            lanes += square(load(G, g + in_memory, at < end, other=0))
+            first += NORM_LANES
+    tl.store(sums + chunk, add_lanes(lanes))
+
+
+@triton.jit(do_not_specialize=["count", "value", "tensor", "dtype"])
+def total(sums, count, value, tensor, dtype, norm, ROWS: tl.constexpr):
+    """The norm from all chunks' sums, divided by the Number: one program of one warp."""
+    lanes = tl.zeros([NORM_LANES], tl.float64)
+    first = 0
+    while first < count:
+        for row in tl.static_range(ROWS):
+            i = first + row * NORM_LANES + tl.arange(0, NORM_LANES)
+            lanes += tl.load(sums + i, i < count, 0.0)
+        first += ROWS * NORM_LANES
+    scale = number_of(value.to(tl.int64), tensor.to(tl.int64), dtype)
+    tl.store(norm, divide(square_root(add_lanes(lanes)), scale))

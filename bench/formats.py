@@ -388,7 +388,14 @@ def page(rows: Sequence[Row]) -> str:
         parts += [f"## {title.capitalize()}", table(found), " ".join(sentences(found))]
     if good:
         parts += ["![Differences of the held-out loss](formats.png)", f"{measured_on(good)}."]
-    return "\n\n".join([*parts, "## Not run", tables.skipped_list(rows)]) + "\n"
+    return "\n\n".join([*parts, "## Not run", not_run(rows)]) + "\n"
+
+
+def not_run(rows: Sequence[Row]) -> str:
+    tried = {row["contender"] for row in rows}
+    missing = "\n".join(f"- {name}: not tried yet" for name in FORMATS if name not in tried)
+    skipped = any(row["skipped"] for row in rows) or not missing
+    return "\n".join([missing] * bool(missing) + [tables.skipped_list(rows)] * skipped)
 
 
 def measured_on(rows: Iterable[Row]) -> str:

@@ -8,6 +8,7 @@ from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
+import formats
 import plots
 import scaling
 import step
@@ -25,6 +26,11 @@ def test_readme_has_the_tables_of_the_committed_figures():
 def test_results_page_is_that_of_the_committed_figures():
     page = (tables.RESULTS / "README.md").read_text()
     assert page == tables.page(tables.RESULTS, pictures=True), AGAIN
+
+
+def test_formats_page_is_that_of_the_committed_figures():
+    rows = step.read(tables.RESULTS / "formats.csv")
+    assert formats.page(rows) == (tables.RESULTS / "formats.md").read_text()
 
 
 def test_pictures_show_the_committed_figures():

@@ -79,8 +79,13 @@ def bench_parts(args: argparse.Namespace) -> Iterator[Part]:
     yield step(args, "every workload, SGD", 130, "--optimizer", "sgd-momentum", *few)
     yield step(
         *(args, "situations", 150, "--optimizer", "adamw", *few),
-        *("--situation", *AROUND, "scaler", "fresh", "first", "backward", "busy"),
+        *("--situation", "scaler", "fresh", "first", "backward", "busy"),
         *("--workload", "1000x16", "lora-bert", "minilm"),
+    )
+    yield step(
+        *(args, "around a step", 150, "--optimizer", "adamw", "--contender", OURS, FUSED),
+        *("--situation", *AROUND, "--workload", "1000x16", "lora-bert", "minilm"),
+        csv="around",
     )
     yield step(
         *(args, "rivals that compile", 600, "--optimizer", "adamw", "--patience", "240"),
@@ -115,8 +120,13 @@ def gpu_parts(args: argparse.Namespace) -> Iterator[Part]:
     yield step(args, "every workload", 120, "--optimizer", "adamw")
     yield step(
         *(args, "situations", 90, "--optimizer", "adamw", *pair, "fastopt triton"),
-        *("--situation", *AROUND, "scaler", "fresh", "first", "backward", "busy", *graph),
+        *("--situation", "scaler", "fresh", "first", "backward", "busy", *graph),
         *("--workload", "1000x16", "lora-bert", "lora-llama-7b", "bert-base"),
+    )
+    yield step(
+        *(args, "around a step", 60, "--optimizer", "adamw", *pair, "--situation", *AROUND),
+        *("--workload", "1000x16", "lora-bert", "bert-base"),
+        csv="around",
     )
     yield step(args, "every workload, SGD", 60, "--optimizer", "sgd-momentum", *pair)
     yield step(args, "bfloat16", 60, "--optimizer", "adamw", "--dtype", "bfloat16", *pair)
@@ -273,7 +283,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_options(argv)
     args.to.mkdir(parents=True, exist_ok=True)
-    for csv in ("step", "optimizers"):
+    for csv in ("step", "around", "optimizers"):
         (args.to / f"{csv}-{args.device}.csv").unlink(missing_ok=True)
     known = facts(args.device)
     title = re.sub(r"[^a-z0-9]+", "-", known["machine"].lower())

@@ -297,6 +297,10 @@ def sections(results: Path, device: str, pictures: bool) -> list[str]:
     others = [row for row in good if row["situation"] != "plain"]
     if others:
         add("adamw in other situations", situations_table(others))
+    around = rows_of(results, f"around-{device}")
+    if around:
+        ran = step.measured(around)
+        add("adamw and what is done around a step", measured_on(ran) + ".", situations_table(ran))
     further = rows_of(results, f"optimizers-{device}")
     if further:
         ran = step.measured(further)

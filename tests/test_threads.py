@@ -308,6 +308,7 @@ def test_forked_process_steps_after_its_parent_has(count, threads):
 
 FORKS = """
 import hashlib, os, signal, sys, torch
+import torch._dynamo  # an optimizer's first, and takes a second
 
 
 def steps_after_a_fork(name):
@@ -339,7 +340,7 @@ def steps_after_a_fork(name):
 
 
 for name in NAMES:
-    process = os.fork()  # has torch and, until it steps, no threads
+    process = os.fork()
     if process == 0:
         try:
             steps_after_a_fork(name)

@@ -134,13 +134,14 @@ void sum_table(const Table& table, double* sums, void* stream) {
   };
   for (const Slot& slot : table.slots) {
     if (slot.numel == 0) continue;
-    const int64_t* const layout = table.layouts.data() + slot.layout;
     const int64_t size =
         slot.layout == kDense ? 0 : layout_size(table.layouts[slot.layout], table.tensors());
     if (batch.piece_count == kBatchPieces || batch.layout_count + size > kBatchLayouts) send();
     batch.pieces[batch.piece_count++] = {slot.data[kGrad], slot.numel, slot.first_chunk,
                                          size == 0 ? kDense : batch.layout_count};
-    for (int64_t i = 0; i < size; ++i) batch.layouts[batch.layout_count++] = layout[i];
+    for (int64_t i = 0; i < size; ++i) {
+      batch.layouts[batch.layout_count++] = table.layouts[slot.layout + i];
+    }
     batch.chunk_count += chunks_of(slot);
   }
   send();

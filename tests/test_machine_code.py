@@ -407,7 +407,7 @@ def test_contraction_would_be_seen(tmp_path):
     options = ["-std=c++17", "-O3", "-arch=compute_90", "-ptx", "-o", ptx]
     subprocess.run([nvcc, *options, ROOT / "csrc/cuda/apply.cu"], check=True)
     contracted = entries(ptx.read_text())
-    assert contracted.keys() == EXPECTED
+    assert contracted.keys() == {name for name in EXPECTED if not name.phase.endswith("_chunks")}
     assert all(contractible(entry) for entry in contracted.values())
 
 

@@ -184,6 +184,11 @@ def test_as_many_rows_as_a_device_loads_have_the_same_bits(dtypes):
     for optimizer in optimizers:
         optimizer.step()
     assert_clipped_alike(*optimizers)
+    for optimizer in optimizers:
+        for param in parameters(optimizer):
+            param.grad[:32], param.grad[32:] = 1.0, 2.0**-27  # in any other order it adds up
+        optimizer.step()
+    assert_clipped_alike(*optimizers)
 
 
 def number(value=0.0):
@@ -197,7 +202,9 @@ def number(value=0.0):
 @pytest.mark.parametrize("counts", [[0], [0, 1], [31], [32, 1], [100, 1500, 0, 3]])
 @pytest.mark.parametrize("scale", [1.0, 3.0, *torch.tensor([3.0]).bfloat16(), torch.tensor(3.0)])
 def test_total_adds_all_chunks_in_order(counts, scale, request):
-    sums = [torch.rand(count, dtype=torch.float64).exp() for count in counts]
+    numbers = torch.rand(sum(counts), dtype=torch.float64).exp()
+    numbers[32:] *= 2.0**-54  # in any other order than theirs they add up
+    sums = list(numbers.split(counts))
     lanes = [0.0] * 32
     for i, x in enumerate(torch.cat(sums).tolist()):
         lanes[i % 32] += x

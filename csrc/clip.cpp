@@ -7,10 +7,10 @@
 
 namespace fastopt {
 
-void Gradients::add(py::handle grad, const DLTensor& memory, int member) {
+void Gradients::add(py::handle placed, const DLTensor& memory, int member) {
   py::object mesh = py::none();
-  if (!torch().is_plain(grad.ptr())) {
-    mesh = helper("fastopt.clip", "sharded_along")(grad);
+  if (!torch().is_plain(placed.ptr())) {
+    mesh = helper("fastopt.clip", "sharded_along")(placed);
     if (py::isinstance<py::str>(mesh)) throw NotOurs{text(mesh)};
   }
   const auto fits = [&](const Part& part) {
@@ -26,17 +26,16 @@ void Gradients::add(py::handle grad, const DLTensor& memory, int member) {
 
 Value Gradients::norm(const Value& grad_scale, const Devices& devices, Reader& reader,
                       const Runner& runner) const {
+  const auto norm_of = [&](const Part& part) {
+    return runner.norm(part.tables, number_on(grad_scale, part.device, devices, reader));
+  };
+  if (parts_.empty()) return {0, {}};
+  if (parts_.size() == 1 && parts_[0].mesh.is_none()) return norm_of(parts_[0]);
   py::list norms, meshes;
-  bool is_whole = true;
   for (const Part& part : parts_) {
-    const Number scale = number_on(grad_scale, part.device, devices, reader);
-    const Value norm = runner.norm(part.tables, scale);
-    is_whole = parts_.size() == 1 && part.mesh.is_none();
-    if (is_whole) return norm;
-    norms.append(norm.tensor ? norm.tensor : py::object(py::float_(norm.number)));
+    norms.append(norm_of(part).object());
     meshes.append(part.mesh);
   }
-  if (parts_.empty()) return {0, {}};
   return value_of(helper("fastopt.clip", "combined")(norms, meshes));
 }
 
@@ -50,10 +49,12 @@ std::vector<Table> Gradients::tables() const {
 
 const char* Gradients::dtype() const {
   std::optional<Format> widest;
-  for (const Table& table : tables()) {
-    const Format format = table.format[kGrad];
-    if (format == Format::kFloat64) return name_of(format);
-    widest = widest && *widest != format ? Format::kFloat32 : format;
+  for (const Part& part : parts_) {
+    for (const Table& table : part.tables) {
+      const Format format = table.format[kGrad];
+      if (format == Format::kFloat64) return name_of(format);
+      widest = widest && *widest != format ? Format::kFloat32 : format;
+    }
   }
   return name_of(widest.value_or(Format::kFloat32));
 }
@@ -93,28 +94,28 @@ py::object clip_grad_norm(const py::object& tensors, const py::object& max_norm,
   } catch (const NotOurs& error) {
     return py::str(error.reason);
   }
-  const char* const dtype = gradients.dtype();
   const Runner runner(devices, threads, launch_triton);
   const Value norm = gradients.norm({1, {}}, devices, reader, runner);
-  const py::object result =
-      py::make_tuple(norm.tensor ? norm.tensor : py::object(py::float_(norm.number)), dtype);
+  const py::object result = py::make_tuple(norm.object(), gradients.dtype());
   if (error_if_nonfinite && !is_finite(norm.read())) return result;  // which is for Python to say
   if (!clips) return result;
 
   const Value limit = value_of(max_norm);
   const bool on_host = norm.on_host() && limit.on_host();
   if (on_host && clip_factor(norm.read(), limit.read()) == 1) return result;
+  const std::vector<Table> tables = in_turn(gradients.tables(), false);
+  std::vector<Scaling> scaling(tables.size());
+  for (size_t i = 0; i < tables.size(); ++i) {
+    scaling[i].norm = number_on(norm, tables[i].device, devices, reader);
+    scaling[i].max_norm = number_on(limit, tables[i].device, devices, reader);
+    scaling[i].skip = Skip::kUnclipped;
+  }
   py::list written;
   for (const py::object& grad : grads) written.append(grad);
   torch().increment_version(written);
   const std::vector<Group> groups(1);  // gradients move all the way to what they are clipped to
-  const std::vector<Table> tables = in_turn(gradients.tables(), false);
   for (size_t i = 0; i < tables.size(); ++i) {
-    Scaling scaling;
-    scaling.norm = number_on(norm, tables[i].device, devices, reader);
-    scaling.max_norm = number_on(limit, tables[i].device, devices, reader);
-    scaling.skip = Skip::kUnclipped;
-    runner.run(find_rule("average"), tables[i], groups, scaling, i);
+    runner.run(find_rule("average"), tables[i], groups, scaling[i], i);
   }
   return result;
 }

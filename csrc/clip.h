@@ -17,9 +17,10 @@ class Gradients {
   // `writes`: they are to be clipped where they lie.
   explicit Gradients(bool writes) : writes_(writes) {}
 
-  // Adds the memory of a gradient. Throws NotOurs where it is pending along a mesh, or cannot be
-  // clipped where it lies.
-  void add(py::handle grad, const DLTensor& memory, int member);
+  // Adds the memory of a gradient, which lies along meshes as `placed` does: as the gradient
+  // itself, or its parameter. Throws NotOurs where that is pending, or it cannot be clipped where
+  // it lies.
+  void add(py::handle placed, const DLTensor& memory, int member);
 
   // The norm of all, divided by grad_scale: a number where no accelerator has any of them.
   Value norm(const Value& grad_scale, const Devices& devices, Reader& reader,

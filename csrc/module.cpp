@@ -5,19 +5,12 @@
 #include "clip.h"
 #include "cpu/apply.h"
 #include "cuda/device.h"
+#include "reading.h"
 #include "step.h"
 #include "torch.h"
 
 namespace fastopt {
 namespace {
-
-// A tensor's memory, which must be what fastopt/tensors.py makes of it: on the CPU, contiguous.
-template <class T>
-T* memory_of(py::handle tensor) {
-  DLTensor read;
-  if (!torch().read(tensor, &read)) throw std::invalid_argument("a tensor has no memory");
-  return reinterpret_cast<T*>(static_cast<char*>(read.data) + read.byte_offset);
-}
 
 int64_t block_bytes_of(py::handle param) {
   DLTensor read;

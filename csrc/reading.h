@@ -23,6 +23,14 @@ inline bool same(DLDevice a, DLDevice b) {
   return a.device_type == b.device_type && a.device_id == b.device_id;
 }
 
+// The memory of a tensor that fastopt/tensors.py has made: contiguous, and plain.
+template <class T>
+T* memory_of(py::handle tensor) {
+  DLTensor read;
+  if (!torch().read(tensor, &read)) throw std::invalid_argument("a tensor has no memory");
+  return reinterpret_cast<T*>(static_cast<char*>(read.data) + read.byte_offset);
+}
+
 enum class Backend { kCpu, kCuda, kTriton };
 
 // The devices that a step has met, each with the backend that steps its tensors: the one asked for
@@ -150,6 +158,7 @@ struct Value {
   // Whether it can be read without waiting for an accelerator.
   bool on_host() const { return !tensor || tensor.attr("is_cpu").cast<bool>(); }
   double read() const { return tensor ? fastopt::number(tensor) : number; }
+  py::object object() const { return tensor ? tensor : py::object(py::float_(number)); }
 };
 
 Value value_of(const py::object& object);

@@ -129,14 +129,13 @@ double Runner::norm_on_cpu(const std::vector<Table>& tables, double grad_scale) 
 py::object Runner::norm_on_cuda(const std::vector<Table>& tables, const Number& grad_scale) const {
   const DLDevice device = tables[0].device;
   const py::object norm = helper("fastopt.tensors", "new_norm")(devices_.torch_device(device));
-  DLTensor memory;
-  Reader().read(norm, norm, "the norm", &memory);
+  auto* const to = memory_of<double>(norm);
   const Scratch scratch(device, cuda::norm_scratch_bytes(tables));
   void* const stream = torch().stream(device);
-  const py::gil_scoped_release release;
-  cuda::norm(tables, grad_scale, scratch.data(),
-             reinterpret_cast<double*>(static_cast<char*>(memory.data) + memory.byte_offset),
-             stream);
+  {
+    const py::gil_scoped_release release;
+    cuda::norm(tables, grad_scale, scratch.data(), to, stream);
+  }
   return norm;
 }
 

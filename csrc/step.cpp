@@ -380,9 +380,9 @@ class Step {
   void find_norm(const Runner& runner) {
     norm_ = passes_.total_norm ? *passes_.total_norm
                                : gradients_.norm(grad_scale_, devices_, reader_, runner);
-    const py::object number = norm_.tensor ? norm_.tensor : py::object(py::float_(norm_.number));
     const auto in_double = [](const Table& t) { return t.format[kGrad] == Format::kFloat64; };
-    passes_.object.attr("note")(number, std::any_of(tables_.begin(), tables_.end(), in_double));
+    passes_.object.attr("note")(norm_.object(),
+                                std::any_of(tables_.begin(), tables_.end(), in_double));
     for (size_t i = 0; i < tables_.size(); ++i) {
       scaling_[i].norm = number_on(norm_, tables_[i].device);
     }
@@ -412,10 +412,7 @@ class Step {
 
   // On an accelerator, how many steps have been skipped there.
   int64_t* counter_on(DLDevice device) {
-    const py::object counter = passes_.object.attr("counter")(devices_.torch_device(device));
-    DLTensor memory;
-    reader_.read(counter, counter, "the counter", &memory);
-    return reinterpret_cast<int64_t*>(static_cast<char*>(memory.data) + memory.byte_offset);
+    return memory_of<int64_t>(passes_.object.attr("counter")(devices_.torch_device(device)));
   }
 
   Averages averages_of(size_t table) const {
@@ -590,7 +587,7 @@ class Step {
     }
     const std::vector<int64_t> strides = find_index(member, tensors);
     if (passes_.max_norm && !passes_.total_norm) {
-      gradients_.add(member.grad, tensors.at[kGrad], index);
+      gradients_.add(member.param, tensors.at[kGrad], index);  // which is laid out like it
     }
     if (passes_.decay) add_average(index, param);
     add_slot(tables_, tensors, index, group_on(member.group, param.device), member.fresh, rescale_);
@@ -758,10 +755,7 @@ class Step {
       if (member.copied) grads.append(member.grad);
     }
     if (grads.empty()) return;
-    const auto object = [](const Value& value) {
-      return value.tensor ? value.tensor : py::object(py::float_(value.number));
-    };
-    helper("fastopt.tensors", "unscale")(grads, object(grad_scale_), object(found_inf_));
+    helper("fastopt.tensors", "unscale")(grads, grad_scale_.object(), found_inf_.object());
   }
 
   const Torch& torch_ = torch();

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from fastopt import _C, triton
 from fastopt.options import DEFAULTS, Backend, Options, States, Weights
-from fastopt.passes import Passes, lent, passes_of
+from fastopt.passes import Passes, check_norm, lent, passes_of
 from fastopt.tensors import decoded, formats, is_packed, recast, unscale
 
 # What the method is called in torch 2.10, then since.
@@ -78,16 +79,16 @@ def _watching_mode() -> str | None:
     return None
 
 
+_KINDS = get_type_hints(Options)
+_OURS = [
+    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=_KINDS[name])
+    for name, value in DEFAULTS.items()
+]
+
+
 def _with_options(signature: inspect.Signature) -> inspect.Signature:
     """A constructor's signature with each of our options in place of ``**options``."""
-    kinds = get_type_hints(Options)
-    ours = [
-        inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=kinds[name]
-        )
-        for name, value in DEFAULTS.items()
-    ]
-    return signature.replace(parameters=[*list(signature.parameters.values())[:-1], *ours])
+    return signature.replace(parameters=[*list(signature.parameters.values())[:-1], *_OURS])
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -187,6 +188,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def total_norm(self, value: float | Tensor | None) -> None:
         if self._passes is None or self._passes.max_grad_norm is None:
             raise ValueError("total_norm needs max_grad_norm=, which it is compared with")
+        if not (isinstance(value, float) and math.isnan(value)):  # which a norm may be
+            check_norm("total_norm", value, "None has the step find it")
         self._passes.total_norm = value
 
     @property

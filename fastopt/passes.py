@@ -70,6 +70,18 @@ class Passes:
         return {**self.__dict__, "norm": None, "total_norm": None, "is_averaged": False}
 
 
+def check_norm(name: str, value: float | Tensor | None, without: str) -> None:
+    """Raise ValueError, which ends with ``without``, unless it is None or can be a norm."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(
+                f"{name} must be one real number, not a tensor of shape {list(value.shape)} and "
+                f"{value.dtype}; give torch.tensor(1.0)"
+            )
+    elif value is not None and not (_is_real(value) and value >= 0):
+        raise ValueError(f"{name} must be a number from 0 on, not {value!r}; {without}")
+
+
 def passes_of(options: Options) -> Passes | None:
     """The passes that the options ask for; None where they ask for none.
 
@@ -77,16 +89,7 @@ def passes_of(options: Options) -> Passes | None:
         ValueError: an option is out of range or lacks what it needs.
     """
     limit = options["max_grad_norm"]
-    if isinstance(limit, Tensor):
-        if limit.numel() != 1 or limit.is_complex() or not limit.is_floating_point():
-            raise ValueError(
-                f"max_grad_norm must be one real number, not a tensor of shape "
-                f"{list(limit.shape)} and {limit.dtype}; give torch.tensor(1.0)"
-            )
-    elif limit is not None and not (_is_real(limit) and limit >= 0):
-        raise ValueError(
-            f"max_grad_norm must be a number from 0 on, not {limit!r}; None does not clip"
-        )
+    check_norm("max_grad_norm", limit, "None does not clip")
     decay = options["average"]
     if decay is not None and not (_is_real(decay) and 0 <= decay < 1):
         raise ValueError(

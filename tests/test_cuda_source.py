@@ -1,6 +1,6 @@
 """The source of the CUDA kernels, run on the CPU: the same bits as the CPU backend.
 
-FASTOPT_CUDA_ON_HOST builds the core with csrc/cuda/apply.cu compiled as C++ (tests/cuda_on_host),
+FASTOPT_CUDA_ON_HOST builds the core with csrc/cuda's kernels compiled as C++ (tests/cuda_on_host),
 and backend="cuda" then steps CPU tensors: block by block, thread by thread, every vector checked
 for alignment and, under `make sanitize`, every access for its bounds. At a shuffle a thread waits
 for its warp, all of which must get there (test_cuda_on_host.py). CPU tensors count as the device's
@@ -94,12 +94,13 @@ class Launches(NamedTuple):
 
 @dataclass
 class Device:
-    library: ctypes.CDLL
+    core: ctypes.CDLL
 
     def launches(self) -> list[Launch]:
         """Since last asked."""
-        room = (Launch * 10_000)()
-        return room[: self.library.past_launches(room, ctypes.c_int64(len(room)))]
+        launches = (Launch * 10_000)()
+        count = self.core.past_launches(launches, ctypes.c_int64(len(launches)))
+        return launches[:count]
 
     def step(self, optimizer: torch.optim.Optimizer) -> Launches:
         self.launches()

@@ -21,7 +21,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_tensor,
+    init_device_mesh,
+)
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -573,3 +580,19 @@ def two_meshes(rank: int) -> None:
 
 def test_norm_of_gradients_on_two_meshes_and_none(tmp_path):
     run_in_two_processes(two_meshes, tmp_path)
+
+
+def pending_sum(rank: int) -> None:
+    """As sequence parallelism leaves the gradient of a parameter that all ranks have."""
+    mesh = init_device_mesh("cpu", (2,))
+    param = torch.nn.Parameter(distribute_tensor(torch.zeros(2), mesh, [Replicate()]))
+    share = torch.tensor([[3.0, 1.0], [0.0, 3.0]][rank])
+    param.grad = DTensor.from_local(share, mesh, [Partial()])
+    optimizer = fastopt.SGD([param], lr=1.0, max_grad_norm=1.0)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.grad_norm, torch.tensor(5.0))
+    torch.testing.assert_close(whole(param.detach()), torch.tensor([-0.6, -0.8]))
+
+
+def test_norm_of_a_gradient_whose_sum_is_pending(tmp_path):
+    run_in_two_processes(pending_sum, tmp_path)

@@ -100,13 +100,14 @@ __attribute__((noinline)) void find_indices(const Elements& elements, int tensor
 template <class T>
 __attribute__((noinline)) void scale_gradient(T* grad, int64_t n, const Work& work) {
   const T divisor = T(work.grad_scale), factor = T(work.clip);
+  const Format format = work.format[kGrad];
   if (work.grad_scale != 1) {
     for (int64_t i = 0; i < n; ++i) grad[i] /= divisor;
   }
   if (work.clip == 1) return;
-  if (work.grad_scale != 1) round_to(work.format[kGrad], grad, n);
-  for (int64_t i = 0; i < n; ++i) grad[i] *= factor;
-  round_to(work.format[kGrad], grad, n);
+  for (int64_t i = 0; i < n; ++i) {
+    grad[i] = rounded_to(format, rounded_to(format, grad[i]) * factor);
+  }
 }
 
 // A tile by way of buffers, but for tensors that can be computed where they lie.

@@ -103,10 +103,7 @@ void sum_squares(const Table& table, double* sums, int threads) {
 double total(const std::vector<double>& sums) {
   double lane[kLanes] = {};
   for (size_t i = 0; i < sums.size(); ++i) lane[i % kLanes] += sums[i];
-  for (int count = kLanes / 2; count > 0; count /= 2) {
-    for (int l = 0; l < count; ++l) lane[l] = lane[2 * l] + lane[2 * l + 1];
-  }
-  return lane[0];
+  return add_lanes(lane);
 }
 
 }  // namespace fastopt::cpu

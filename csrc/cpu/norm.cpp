@@ -23,13 +23,6 @@ void add_squares(const T* from, int64_t n, double (&lane)[kLanes]) {
   for (int l = 0; l < kLanes; ++l) lane[l] = sum[l];
 }
 
-double add_lanes(double (&lane)[kLanes]) {
-  for (int count = kLanes / 2; count > 0; count /= 2) {
-    for (int l = 0; l < count; ++l) lane[l] = lane[2 * l] + lane[2 * l + 1];
-  }
-  return lane[0];
-}
-
 template <class T>
 double sum_chunk(const Work& work, const Slot& slot, int64_t chunk) {
   constexpr Format kNative = sizeof(T) == 8 ? Format::kFloat64 : Format::kFloat32;

@@ -212,17 +212,6 @@ inline void load(const View& view, T* to) {
       [=](int64_t in_memory) { __builtin_prefetch(next + in_memory); });
 }
 
-// Rounds numbers as storing them in a format and loading them would.
-template <class E>
-void round_as(float* x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) x[i] = widen(narrow<E>(x[i]));
-}
-inline void round_to(Format format, float* x, int64_t n) {
-  if (format == Format::kBFloat16) round_as<BFloat16>(x, n);
-  if (format == Format::kFloat16) round_as<Float16>(x, n);
-}
-inline void round_to(Format, double*, int64_t) {}
-
 // To the parameter in the buffer, which its view has loaded.
 inline void join(const View& view, float* to) {
   const Remainder* const from = static_cast<const Remainder*>(view.data);

@@ -1,6 +1,6 @@
-// As much of CUDA as csrc/cuda/apply.cu may use, on the host: compiled against this header the
-// kernels are plain functions, and a launch runs them block by block, thread by thread. A thread
-// runs to its end, or to a shuffle, where it waits for the other lanes of its warp.
+// As much of CUDA as the sources in csrc/cuda may use, on the host: compiled against this header
+// the kernels are plain functions, and a launch runs them block by block, thread by thread. A
+// thread runs to its end, or to a shuffle, where it waits for the other lanes of its warp.
 //
 // It refuses what a device would: misaligned vectors and words, impossible grids, arguments that
 // are too large; and of shuffles all but those in which the whole warp takes part at one place.

@@ -96,18 +96,30 @@ __attribute__((noinline)) void find_indices(const Elements& elements, int tensor
   });
 }
 
-// Divides gradients by grad_scale, and clips them as if they were written before they are read.
+// Rounds numbers as storing them in a gradient's format and loading them would.
+template <class E, class T>
+void round_as(T* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] = widen(narrow<E>(x[i]));
+}
+
+// Divides gradients by grad_scale, and clips them as if they were written before they are read. (A
+// loop for each, which compilers vectorise: of one that asks for the format they do not.)
 template <class T>
 __attribute__((noinline)) void scale_gradient(T* grad, int64_t n, const Work& work) {
   const T divisor = T(work.grad_scale), factor = T(work.clip);
-  const Format format = work.format[kGrad];
+  const auto round = [&] {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (work.format[kGrad] == Format::kBFloat16) round_as<BFloat16>(grad, n);
+      if (work.format[kGrad] == Format::kFloat16) round_as<Float16>(grad, n);
+    }
+  };
   if (work.grad_scale != 1) {
     for (int64_t i = 0; i < n; ++i) grad[i] /= divisor;
   }
   if (work.clip == 1) return;
-  for (int64_t i = 0; i < n; ++i) {
-    grad[i] = rounded_to(format, rounded_to(format, grad[i]) * factor);
-  }
+  if (work.grad_scale != 1) round();
+  for (int64_t i = 0; i < n; ++i) grad[i] *= factor;
+  round();
 }
 
 // A tile by way of buffers, but for tensors that can be computed where they lie.

@@ -65,8 +65,11 @@ class Part:
     keeps: dict[Path, Path] = field(default_factory=dict)
 
 
-# Situations about what is done around a step.
-AROUND = ("clip", "torch's clip", "our clip", "clip alone", "skip", "average")
+# Situations about what is done around a step, and beside it.
+AROUND = ("clip", "torch's clip", "our clip", "clip alone", "skip", "average", "busy")
+
+# Ours with states or weights in formats of ours.
+IN_FEWER_BYTES = [name for name in CONTENDERS if re.match(f"{OURS} .*(states|split)", name)]
 
 # By default options; Adam and SGD have parts of their own.
 OTHERS = [name for name in OPTIMIZERS if name.isalpha() and name not in ("adam", "adamw", "sgd")]
@@ -79,13 +82,19 @@ def bench_parts(args: argparse.Namespace) -> Iterator[Part]:
     yield step(args, "every workload, SGD", 130, "--optimizer", "sgd-momentum", *few)
     yield step(
         *(args, "situations", 150, "--optimizer", "adamw", *few),
-        *("--situation", "scaler", "fresh", "first", "backward", "busy"),
+        *("--situation", "scaler", "fresh", "first", "backward"),
         *("--workload", "1000x16", "lora-bert", "minilm"),
     )
     yield step(
         *(args, "around a step", 150, "--optimizer", "adamw", "--contender", OURS, FUSED),
         *("--situation", *AROUND, "--workload", "1000x16", "lora-bert", "minilm"),
         csv="around",
+    )
+    yield step(
+        *(args, "fewer bytes", 150, "--optimizer", "adamw", "--dtype", "float32", "bfloat16"),
+        *("--contender", OURS, FUSED, *IN_FEWER_BYTES),
+        *("--workload", "1000x16", "lora-bert", "8x4M", "bert-base"),
+        csv="bytes",
     )
     yield step(
         *(args, "rivals that compile", 600, "--optimizer", "adamw", "--patience", "240"),
@@ -120,7 +129,7 @@ def gpu_parts(args: argparse.Namespace) -> Iterator[Part]:
     yield step(args, "every workload", 120, "--optimizer", "adamw")
     yield step(
         *(args, "situations", 90, "--optimizer", "adamw", *pair, "fastopt triton"),
-        *("--situation", "scaler", "fresh", "first", "backward", "busy", *graph),
+        *("--situation", "scaler", "fresh", "first", "backward", *graph),
         *("--workload", "1000x16", "lora-bert", "lora-llama-7b", "bert-base"),
     )
     yield step(
@@ -283,7 +292,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_options(argv)
     args.to.mkdir(parents=True, exist_ok=True)
-    for csv in ("step", "around", "optimizers"):
+    for csv in ("step", "around", "bytes", "optimizers"):
         (args.to / f"{csv}-{args.device}.csv").unlink(missing_ok=True)
     known = facts(args.device)
     title = re.sub(r"[^a-z0-9]+", "-", known["machine"].lower())

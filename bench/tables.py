@@ -300,7 +300,16 @@ def sections(results: Path, device: str, pictures: bool) -> list[str]:
     around = rows_of(results, f"around-{device}")
     if around:
         ran = step.measured(around)
-        add("adamw and what is done around a step", measured_on(ran) + ".", situations_table(ran))
+        add(
+            "adamw and what is done around a step, and beside it",
+            measured_on(ran) + ".",
+            situations_table(ran),
+        )
+    narrow = step.measured(rows_of(results, f"bytes-{device}"))
+    for dtype in dict.fromkeys(row["dtype"] for row in narrow):
+        own = pick(narrow, dtype=dtype)
+        title = f"adamw in fewer bytes, {dtype} parameters"
+        add(title, measured_on(own) + ".", contenders_table(own), memory_table(own))
     further = rows_of(results, f"optimizers-{device}")
     if further:
         ran = step.measured(further)

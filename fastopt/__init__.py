@@ -19,6 +19,7 @@ from fastopt.lion import Lion
 from fastopt.nadam import NAdam
 from fastopt.optimizer import backends
 from fastopt.options import Options
+from fastopt.patching import patch
 from fastopt.radam import RAdam
 from fastopt.rmsprop import RMSprop
 from fastopt.rprop import Rprop
@@ -41,4 +42,5 @@ __all__ = [
     "backends",
     "clip_grad_norm_",
     "get_total_norm",
+    "patch",
 ]

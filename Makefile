@@ -9,7 +9,7 @@ PATIENT := OMP_WAIT_POLICY=passive
 # once, unless one has finished and takes some of the other's. ARGS=-n0 makes it one process.
 PYTEST := -m pytest -n 2 --dist worksteal
 
-.PHONY: help install finetune finetune-all test newcomer lint format bench gpu sanitize wheel clean
+.PHONY: help install finetune finetune-all test newcomer lint format bench tables gpu sanitize wheel clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,7 +31,7 @@ finetune: install  ## fine-tune MiniLM on BBC news with torch's AdamW and with o
 	$(RUN) bench/finetune.py $(ARGS)
 
 finetune-all: install  ## fine-tune every task; a page of all in bench/results (ARGS=...)
-	$(RUN) bench/finetune_all.py $(ARGS)
+	PYTHONPATH=bench $(RUN) -m finetuning.all_tasks $(ARGS)
 
 test: install  ## run the test suite (ARGS=...)
 	$(PATIENT) $(RUN) $(PYTEST) $(ARGS)
@@ -57,6 +57,9 @@ $(VENV)/rivals: $(VENV)/installed
 
 bench: $(VENV)/rivals  ## measure a step against its rivals, into bench/results (ARGS=...)
 	$(RUN) bench/run.py bench $(ARGS)
+
+tables: install  ## write the tables and pictures of the figures in bench/results
+	PYTHONPATH=bench $(RUN) -m throughput.tables $(ARGS)
 
 # That machine's own Python has torch, the build's tools and the tests': no venv, no network. A build
 # that would leave the kernels out fails.

@@ -28,12 +28,12 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from transformers.utils.logging import disable_progress_bar
 
-from comparison import Comparison
-from report import picture, range_picture, suggested_rate, table
-from tasks import TASKS, TaskError, find
-from tasks.fetch import default_cache
-from tasks.options import number
-from tuning import METHODS
+from finetuning.comparison import Comparison
+from finetuning.report import picture, range_picture, suggested_rate, table
+from finetuning.tasks import TASKS, TaskError, find
+from finetuning.tasks.fetch import default_cache
+from finetuning.tasks.options import number
+from finetuning.tuning import METHODS
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:

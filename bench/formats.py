@@ -1,7 +1,7 @@
 """Does training reach the same held-out loss where states and weights are kept in fewer bits?
 
-A small GPT-2 learns BBC News (bench/tasks/topics.py) from scratch, once for each contender, betas
-and seed. With one seed all start from the same weights and see the same batches.
+A small GPT-2 learns BBC News (finetuning/tasks/topics.py) from scratch, once for each contender,
+betas and seed. With one seed all start from the same weights and see the same batches.
 
     python bench/formats.py                  78 runs, an hour on one thread
     python bench/formats.py --continue       the rest of them, and what was skipped
@@ -40,13 +40,11 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import machine
-import plots
-import rivals
 import step
-import tables
-from tasks import TaskError, split, topics
-from tasks.fetch import default_cache
-from tasks.options import number
+from finetuning.tasks import TaskError, split, topics
+from finetuning.tasks.fetch import default_cache
+from finetuning.tasks.options import number
+from throughput import plots, rivals, tables
 
 Row = step.Row
 Betas = tuple[float, float]

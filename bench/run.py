@@ -4,13 +4,13 @@ Each part is a program of its own with a time limit; its output shows as it come
 or runs out of time does not stop the others. Results go to bench/results, or flat to --out:
 
     MACHINE-DATE.json      what the machine is, and each part's outcome and seconds
-    step-DEVICE.csv        bench/step.py: every comparison of AdamW and SGD
-    optimizers-DEVICE.csv  bench only: bench/step.py: some comparisons of every other optimizer
-    scaling-DEVICE.csv     bench/scaling.py: time over the number and the size of tensors
-    share-DEVICE.csv       bench/share.py: the optimizer's share of fine-tuning
-    finetune-topics-DEVICE.json, .png   gpu only: bench/finetune.py
+    step-DEVICE.csv        step.py: every comparison of AdamW and SGD
+    optimizers-DEVICE.csv  bench only: step.py: some comparisons of every other optimizer
+    scaling-DEVICE.csv     throughput/scaling.py: time over the number and the size of tensors
+    share-DEVICE.csv       throughput/share.py: the optimizer's share of fine-tuning
+    finetune-topics-DEVICE.json, .png   gpu only: finetune.py
     run.log                with --out: all output
-    README.md              bench/tables.py: all of it in tables; without --out, pictures, too
+    README.md              throughput/tables.py: all of it in tables; without --out, pictures, too
 
     python bench/run.py bench
     python bench/run.py gpu --out DIR --cache DIR
@@ -42,8 +42,8 @@ from typing import Any, BinaryIO
 import torch
 
 import machine
-from rivals import AUTHORS, CONTENDERS, FOREACH, FUSED, OURS
 from step import OPTIMIZERS
+from throughput.rivals import AUTHORS, CONTENDERS, FOREACH, FUSED, OURS
 
 BENCH = machine.ROOT / "bench"
 RESULTS = BENCH / "results"
@@ -147,9 +147,9 @@ def further_parts(args: argparse.Namespace) -> Iterator[Part]:
     """What both end with."""
     scaling, share = (args.to / f"{name}-{args.device}.csv" for name in ("scaling", "share"))
     timing = ["--device", args.device, "--seconds", args.seconds]
-    yield Part("scaling", python(BENCH / "scaling.py", *timing, "--csv", scaling), 150)
-    tuning = python(BENCH / "share.py", "--device", args.device, *cached(args), "--csv", share)
-    yield Part("share of fine-tuning", tuning, 150)
+    yield Part("scaling", python("-m", "throughput.scaling", *timing, "--csv", scaling), 150)
+    tuning = ["--device", args.device, *cached(args), "--csv", share]
+    yield Part("share of fine-tuning", python("-m", "throughput.share", *tuning), 150)
 
 
 def finetune(args: argparse.Namespace) -> Part:
@@ -178,7 +178,7 @@ def step(
 
 
 def tables_part(args: argparse.Namespace) -> Part:
-    return Part("tables", python(BENCH / "tables.py", "--results", args.to), 60)
+    return Part("tables", python("-m", "throughput.tables", "--results", args.to), 60)
 
 
 def python(*arguments: Any) -> list[str]:
@@ -192,7 +192,7 @@ def run(part: Part, limit: float, log: BinaryIO) -> str:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        cwd=BENCH,  # not the root, whose fastopt/ is not the one that was built
+        cwd=BENCH,  # where -m finds the rooms; not the root, whose fastopt/ is not the one built
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
         start_new_session=True,  # so that what it started ends with it
     )

@@ -38,11 +38,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-import ceiling
 import machine
-from rivals import CONTENDERS, OURS, reference_of
-from situations import SITUATIONS, Plain
-from workloads import WORKLOADS, Shapes, elements
+from throughput import ceiling
+from throughput.rivals import CONTENDERS, OURS, reference_of
+from throughput.situations import SITUATIONS, Plain
+from throughput.workloads import WORKLOADS, Shapes, elements
 
 # The tests' table of cases names the options of every optimizer: what is tested can be timed.
 sys.path.append(str(machine.ROOT / "tests"))

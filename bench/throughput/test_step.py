@@ -7,7 +7,8 @@ pytest bench/ --benchmark-compare --benchmark-compare-fail=min:20%
 import pytest
 
 import step
-from rivals import OURS
+
+from .rivals import OURS
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd-momentum"])

@@ -35,8 +35,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import get_last_checkpoint
 
-from tasks import InputError, Task, TaskError, find
-from tuning import AllocateRanks, head_modules, merged, restore, tuned
+from .tasks import InputError, Task, TaskError, find
+from .tuning import AllocateRanks, head_modules, merged, restore, tuned
 
 # The loss has converged once its mean over a window of steps is less than this below the mean
 # over the window before.

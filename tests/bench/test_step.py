@@ -8,13 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1] / "bench"))
-
 import cases
-import rivals
-import situations
 import step
-import workloads
+from throughput import rivals, situations, workloads
 
 BRIEF = ["--seconds", "0.2"]
 PAIR = ["--contender", "fastopt", "torch fused"]

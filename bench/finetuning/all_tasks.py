@@ -1,7 +1,7 @@
 """Run bench/finetune.py on every task, and put what came of it on one page.
 
-    python bench/finetune_all.py
-    python bench/finetune_all.py ner-zh images-sgd
+    make finetune-all
+    make finetune-all ARGS="ner-zh images-sgd"
 
 Runs are named as in `RUNS` and leave what they write in runs/NAME. A page of all runs that have
 finished so far, with their pictures, is written to bench/results.
@@ -17,9 +17,9 @@ import sys
 import time
 from pathlib import Path
 
-from report import page
+from .report import page
 
-BENCH = Path(__file__).parent
+BENCH = Path(__file__).parents[1]
 SCRIPT = BENCH / "finetune.py"
 RESULTS = BENCH / "results"
 PAGE = RESULTS / "finetune.md"
@@ -51,7 +51,7 @@ PROGRAMS = {
     "sentiment-editorials": (["sentiment", "--monitor", "-"], "headlines.jsonl"),
     "dialogue": (["dialogue", "--chat"], "questions.txt"),
 }
-EXAMPLES = BENCH / "tasks" / "examples"
+EXAMPLES = Path(__file__).parent / "tasks" / "examples"
 
 
 def main() -> int:
@@ -105,7 +105,7 @@ def write_page() -> None:
         outputs = [(arguments, (out / "table.txt").read_text("utf-8"))]
         if transcript(name).is_file():
             program, example = PROGRAMS[name]
-            shown = [*program, "--out", str(out), "<", f"bench/tasks/examples/{example}"]
+            shown = [*program, "--out", str(out), "<", f"bench/finetuning/tasks/examples/{example}"]
             outputs.append((shown, transcript(name).read_text("utf-8")))
         finished[name] = (report, outputs)
         shutil.copy(out / "losses.png", RESULTS / f"finetune-{name}.png")

@@ -8,8 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from comparison import loss_differences
-from tasks import Task
+from .comparison import loss_differences
+from .tasks import Task
 
 
 def table(report: dict[str, Any], task: Task) -> str:

@@ -1,21 +1,15 @@
 """bench/formats.py: what it trains, writes, skips and takes up again, with 3,000 weights."""
 
 import statistics
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from tiny import rows, small_run  # noqa: F401
-
-sys.path.append(str(Path(__file__).parents[1] / "bench"))
-
 import formats
-import plots
-import rivals
 import step
+from throughput import plots, rivals
+from tiny import rows, small_run  # noqa: F401
 
 NARROW = "torch, bfloat16"
 STEPS = 4

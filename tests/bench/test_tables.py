@@ -1,20 +1,13 @@
 """The tables and pictures in the repository are those of the CSVs beside them."""
 
-import sys
-from pathlib import Path
-
 import pytest
 from PIL import Image
 
-sys.path.append(str(Path(__file__).parents[1] / "bench"))
-
 import formats
-import plots
-import scaling
 import step
-import tables
+from throughput import plots, scaling, tables
 
-AGAIN = "run `python bench/tables.py`"
+AGAIN = "run `make tables`"
 
 
 def test_readme_has_the_tables_of_the_committed_figures():

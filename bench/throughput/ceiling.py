@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from workloads import Shapes
+from .workloads import Shapes
 
 CHUNK = 16384  # elements a thread takes in a row, as in csrc/cpu/apply.cpp
 COPIED = 1 << 30  # bytes, far beyond any GPU's caches

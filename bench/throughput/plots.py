@@ -9,10 +9,11 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import scaling
 import step
-from rivals import CONTENDERS, FUSED, OURS
-from workloads import WORKLOADS
+
+from . import scaling
+from .rivals import CONTENDERS, FUSED, OURS
+from .workloads import WORKLOADS
 
 COLOURS = {OURS: "#b03a2e", FUSED: "#2e6da4"}
 SHOWN = ["1000x16", "lora-bert", "8x4M", "bert-base"]

@@ -19,6 +19,14 @@ from safetensors.torch import load_file
 pytest.importorskip("transformers")
 from transformers import BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
+import finetune
+from finetuning import comparison
+from finetuning.tasks import InputError
+from finetuning.tasks.classification import split
+from finetuning.tasks.fetch import FetchError, Package, default_cache, untar
+from finetuning.tasks.files import read_rows
+from finetuning.tasks.models import MINILM
+from finetuning.tasks.topics import BBC_NEWS
 from tiny import (  # noqa: F401 - the fixture among them
     WORDS,
     losses,
@@ -29,18 +37,7 @@ from tiny import (  # noqa: F401 - the fixture among them
     small_run,
 )
 
-BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
-
-import comparison  # noqa: E402
-import finetune  # noqa: E402
-from tasks import InputError  # noqa: E402
-from tasks.classification import split  # noqa: E402
-from tasks.fetch import FetchError, Package, default_cache, untar  # noqa: E402
-from tasks.files import read_rows  # noqa: E402
-from tasks.models import MINILM  # noqa: E402
-from tasks.topics import BBC_NEWS  # noqa: E402
-
+BENCH = Path(finetune.__file__).parent
 STEPS = 6
 COLUMNS = ("text", "label")
 

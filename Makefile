@@ -9,7 +9,7 @@ PATIENT := OMP_WAIT_POLICY=passive
 # once, unless one has finished and takes some of the other's. ARGS=-n0 makes it one process.
 PYTEST := -m pytest -n 2 --dist worksteal
 
-.PHONY: help install finetune finetune-all test newcomer lint format bench tables gpu sanitize wheel clean
+.PHONY: help install finetune finetune-all test newcomer lint format docs bench tables gpu sanitize wheel clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,13 @@ format: install  ## format Python and C++
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
+
+$(VENV)/docs: $(VENV)/installed
+	$(RUN) -m pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/docs  ## make the pages, into build/docs
+	$(RUN) -m sphinx -q -W --keep-going docs build/docs
 
 $(VENV)/rivals: $(VENV)/installed
 	$(RUN) -m pip install -q -c constraints.txt -e '.[rivals]'

@@ -44,7 +44,7 @@ def clip_grad_norm_(
             (default: None).
 
     Returns:
-        The norm of all gradients together, before clipping: a tensor of no dimensions, on the first
+        The norm of all gradients together before clipping, a tensor of no dimensions on the first
         gradient's device and in the widest of the gradients' dtypes. Of DTensors on one mesh it is
         one, replicated.
 

@@ -170,7 +170,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """The norm of all gradients of the last step, before it clipped them: a tensor of no
+        """The norm of all gradients of the last step before it clipped them, a tensor of no
         dimensions in float32, or float64 where gradients were, on their device, for which nobody
         has waited. None before the first step, and without ``max_grad_norm``."""
         if self._passes is None or self._passes.norm is None:

@@ -1,9 +1,9 @@
-"""Write the tables and pictures of README.md and bench/results/README.md from the committed CSVs.
+"""Write the tables and pictures of the pages and of bench/results/README.md from committed CSVs.
 
     make tables                         after new figures
     make tables ARGS="--results DIR"    DIR/README.md alone, of figures that lie elsewhere
 
-In README.md a generated table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+In README.md and docs/ a generated table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from .rivals import CONTENDERS, FUSED, OURS
 from .workloads import WORKLOADS
 
 RESULTS = ROOT / "bench" / "results"
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHORT = ["1000x16", "lora-bert", "minilm", "bert-base"]
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 NOT_YET = "not measured yet"
 Row = step.Row
@@ -87,7 +88,19 @@ def contenders_in(rows: Iterable[Row]) -> list[str]:
     return [name for name in CONTENDERS if name in seen]
 
 
-# Of README.md.
+# Of README.md and docs/.
+
+
+def short_table(results: Path) -> str:
+    """Ours and torch fused on a few workloads, AdamW."""
+    rows = pick(rows_of(results, "step-cpu"), situation="plain", dtype="float32", optimizer="adamw")
+    lines = []
+    for workload in SHORT:
+        theirs = one(rows, workload=workload, contender=FUSED)
+        ours = one(rows, workload=workload, contender=OURS)
+        lines.append([WORKLOADS[workload].title, time(theirs), time(ours), ratio(ours)])
+    head = ["float32 parameters", "torch", "fastopt", "times as fast (p20 to p80)"]
+    return f"{markdown(head, lines)}\n\n{measured_on(pick(rows, workload=SHORT[0]))}."
 
 
 def step_table(results: Path, device: str) -> str:
@@ -96,28 +109,29 @@ def step_table(results: Path, device: str) -> str:
     rows = step.measured(plain)
     if not rows:
         return f"{DEVICES[device]}: {NOT_YET}."
-    head, lines = ["float32 parameters", ""], []
-    for name in ("AdamW", "SGD, momentum"):
-        head += [f"{name}: torch", "fastopt", "", "of the ceiling"]
-    for workload in workloads_in(rows):
-        here = pick(rows, workload=workload)
-        line = [WORKLOADS[workload].title, size(here[0])]
-        for optimizer in ("adamw", "sgd-momentum"):
+    parts = []
+    for optimizer, name in (("adamw", "AdamW"), ("sgd-momentum", "SGD, momentum")):
+        lines = []
+        for workload in workloads_in(rows):
+            here = pick(rows, workload=workload)
             theirs = one(here, optimizer=optimizer, contender=FUSED)
             ours = one(here, optimizer=optimizer, contender=OURS)
-            line += [time(theirs), time(ours), ratio(ours), percent(ours)]
-        lines.append(line)
-    return f"{markdown(head, lines)}\n\n{measured_on(rows)}."
+            line = [WORKLOADS[workload].title, size(here[0]), time(theirs), time(ours)]
+            lines.append([*line, ratio(ours), percent(ours)])
+        head = [name, "", "torch", "fastopt", "times as fast (p20 to p80)", "of the ceiling"]
+        parts.append(markdown(head, lines))
+    return "\n\n".join([*parts, f"{measured_on(rows)}."])
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
+    "short-cpu": short_table,
     "step-cpu": lambda results: step_table(results, "cpu"),
     "step-cuda": lambda results: step_table(results, "cuda"),
 }
 
 
 def with_tables(text: str, results: Path) -> str:
-    """README.md with what stands between its markers written anew."""
+    """A page with what stands between its markers written anew."""
 
     def block(match: re.Match[str]) -> str:
         return f"<!-- table: {match[1]} -->\n{TABLES[match[1]](results)}\n<!-- end -->"
@@ -352,7 +366,8 @@ def main(argv: list[str] | None = None) -> None:
     committed = results == RESULTS
     (results / "README.md").write_text(page(results, pictures=committed))
     if committed:
-        README.write_text(with_tables(README.read_text(), results))
+        for file in PAGES:
+            file.write_text(with_tables(file.read_text(), results))
         for picture, (draw, source) in plots.PICTURES.items():
             for device in DEVICES:
                 plots.save(draw, results / f"{source}-{device}.csv", picture)

@@ -18,9 +18,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def device_name(device: str) -> str:
-    """`AMD EPYC, 2 threads` or `NVIDIA H100 80GB HBM3`."""
+    """`AMD EPYC, 2 threads` or `NVIDIA H100 80GB HBM3`; of no other kind more than that it is."""
     if device == "cuda":
         return torch.cuda.get_device_name()
+    if device != "cpu":
+        return device
     cpus = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.+)", cpus.read_text()) if cpus.exists() else []
     return f"{(models or [platform.machine()])[0]}, {torch.get_num_threads()} threads"

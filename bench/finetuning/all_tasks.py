@@ -16,8 +16,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from .report import page
+from .report import batch
 
 BENCH = Path(__file__).parents[1]
 SCRIPT = BENCH / "finetune.py"
@@ -52,6 +53,20 @@ PROGRAMS = {
     "dialogue": (["dialogue", "--chat"], "questions.txt"),
 }
 EXAMPLES = Path(__file__).parent / "tasks" / "examples"
+
+PAGE_INTRODUCTION = """\
+# Fine-tuning, stock optimizer against ours
+
+Made by `make finetune-all`. In every row both optimizers start from the same weights with the same
+seed. Loss and metric are those of `fastopt`'s run on examples that took no part in choosing rates
+or steps, the metric beside what the trivial answer scores; the loss difference is the largest
+between the two runs at any step. Where it is not zero it begins in the last elements of a tensor,
+which torch rounds in another way, and grows as far as the model lets it.
+
+| run | trained | steps | held-out loss | metric | trivial | loss difference | \
+optimizer, ms: torch | fastopt | share of the step |
+|---|---|---|---|---|---|---|---|---|---|
+"""
 
 
 def main() -> int:
@@ -110,6 +125,36 @@ def write_page() -> None:
         finished[name] = (report, outputs)
         shutil.copy(out / "losses.png", RESULTS / f"finetune-{name}.png")
     PAGE.write_text(page(finished), encoding="utf-8")
+
+
+def page(finished: dict[str, tuple[dict[str, Any], list[tuple[list[str], str]]]]) -> str:
+    """Markdown of finished runs by name: the report of each, and what its commands printed.
+
+    A command is given as its arguments to bench/finetune.py; the first is the training.
+    """
+    rows, sections = [], []
+    for name, (report, outputs) in finished.items():
+        first, second = report["runs"]
+        start, end = (second["metrics"][when] for when in ("start", "end"))
+        size, headline = report["parameters"], report["headline"]
+        times = [run["optimizer_step_ms"]["median"] for run in (first, second)]
+        rows.append(
+            f"| [{name}](#{name}) "
+            f"| {size['trained'] / 1e6:.3g} of {size['total'] / 1e6:.1f} M, "
+            f"{size['trained_tensors']} tensors "
+            f"| {len(second['losses'])} of {batch(report)} "
+            f"| {start['loss']:.3f} to {end['loss']:.3f} "
+            f"| {headline} {end[headline]:.3f} | {end['baseline'][headline]:.3f} "
+            f"| {report['parity']['max_loss_diff']:.1e} "
+            f"| {times[0]:.2f} | {times[1]:.2f} "
+            f"| {times[1] / second['train_step_ms']['median']:.1%} |"
+        )
+        sections.append(f"\n## {name}\n\n![losses](finetune-{name}.png)\n")
+        sections += [
+            f"\n```\n$ python bench/finetune.py {' '.join(arguments)}\n{text}```\n"
+            for arguments, text in outputs
+        ]
+    return PAGE_INTRODUCTION + "\n".join(rows) + "\n" + "".join(sections)
 
 
 if __name__ == "__main__":

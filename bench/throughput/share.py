@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import machine
-from finetune import parse_options
+from finetuning.options import parse_options
 from finetuning.tasks import TaskError, find
 from finetuning.tasks.fetch import default_cache
 from finetuning.tuning import tuned

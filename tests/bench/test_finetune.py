@@ -20,7 +20,7 @@ pytest.importorskip("transformers")
 from transformers import BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 import finetune
-from finetuning import comparison
+from finetuning import callbacks, comparison, contenders, setup
 from finetuning.tasks import InputError
 from finetuning.tasks.classification import split
 from finetuning.tasks.fetch import FetchError, Package, default_cache, untar
@@ -60,6 +60,10 @@ def arguments(model, dataset, tmp_path):
     options = {"--model": model, "--dataset": dataset, "--out": tmp_path / "out"}
     options |= {"--steps": STEPS, "--batch-size": 8, "--lr": 0.01}
     return [str(part) for option in options.items() for part in option]
+
+
+def comparison_of(arguments):
+    return comparison.Comparison(setup.Setup(finetune.parse_options(arguments)))
 
 
 def test_report_table_and_picture_of_a_comparison(arguments, tmp_path, capsys):
@@ -129,9 +133,9 @@ def test_another_seed_is_another_path(arguments, tmp_path):
 
 def test_blocks_change_nothing(arguments):
     arguments += ["--steps", "15"]  # more than two epochs; the first block ends within the second
-    blocks = comparison.Comparison(finetune.parse_options(arguments))
+    blocks = comparison_of(arguments)
     in_blocks = blocks.run()["runs"][1]["losses"]
-    uninterrupted = comparison.Comparison(finetune.parse_options(arguments))
+    uninterrupted = comparison_of(arguments)
     uninterrupted.train("optimizer", 15, leads=False)
     _, history = uninterrupted.finished("optimizer")
     assert [entry["loss"] for entry in history] == in_blocks
@@ -165,9 +169,9 @@ def test_ways_of_tuning(tuning, arguments, tmp_path, capsys):
 @pytest.mark.parametrize("tuning", ["lora", "adalora", "adapter", "prompt"])
 def test_blocks_change_nothing_in_what_is_added(tuning, arguments):
     arguments += ["--tuning", tuning, "--steps", "15"]
-    blocks = comparison.Comparison(finetune.parse_options(arguments))
+    blocks = comparison_of(arguments)
     in_blocks = blocks.run()["runs"][1]["losses"]
-    uninterrupted = comparison.Comparison(finetune.parse_options(arguments))
+    uninterrupted = comparison_of(arguments)
     uninterrupted.train("optimizer", 15, leads=False)
     _, history = uninterrupted.finished("optimizer")
     assert [entry["loss"] for entry in history] == in_blocks
@@ -209,13 +213,13 @@ def test_few_shot_trains_on_so_many_of_each_class(arguments, tmp_path, capsys):
 
 def test_head_learns_at_its_own_rate(arguments):
     still = [*arguments, "--lr", "0", "--head-lr", "0.01"]
-    trained = comparison.Comparison(finetune.parse_options(still))
+    trained = comparison_of(still)
     trained.train("optimizer", STEPS, leads=False)
     model, _ = trained.finished("optimizer")
     moved = {
         name.partition(".")[0]
         for (name, before), after in zip(
-            trained.start.named_parameters(), model.parameters(), strict=True
+            trained.setup.model.named_parameters(), model.parameters(), strict=True
         )
         if not torch.equal(before, after)
     }
@@ -229,10 +233,10 @@ def test_both_stop_once_the_loss_has_converged(arguments, tmp_path):
 
 
 def test_converged_is_what_hardly_falls():
-    assert comparison.converged([3.0, 3.0, 1.0, 1.1, 1.1, 1.0], 2)
-    assert not comparison.converged([1.0, 1.1, 1.0, 0.9], 2)
-    assert not comparison.converged([1.0] * 5, 3)
-    assert not comparison.converged([1.0] * 5, None)
+    assert callbacks.converged([3.0, 3.0, 1.0, 1.1, 1.1, 1.0], 2)
+    assert not callbacks.converged([1.0, 1.1, 1.0, 0.9], 2)
+    assert not callbacks.converged([1.0] * 5, 3)
+    assert not callbacks.converged([1.0] * 5, None)
 
 
 def test_learning_rate_range_test(arguments, tmp_path, capsys):
@@ -262,14 +266,12 @@ def test_losses_go_to_tensorboard(arguments, tmp_path):
 
 @pytest.mark.parametrize("tuning", ["full", "lora", "adalora"])
 def test_trained_model_is_left_for_from_pretrained(tuning, arguments, tmp_path):
-    trained = comparison.Comparison(finetune.parse_options([*arguments, "--tuning", tuning]))
+    trained = comparison_of([*arguments, "--tuning", tuning])
     figures = trained.run()["runs"][1]["metrics"]["end"]
     again = finetune.parse_options([*arguments, "--model", str(tmp_path / "out" / "model")])
-    again.out = tmp_path / "again"
-    loaded = comparison.Comparison(again)
-    assert loaded._evaluate(loaded.start, loaded.task)["loss"] == pytest.approx(
-        figures["loss"], rel=1e-4
-    )
+    loaded = setup.Setup(again)
+    again_figures = loaded.evaluate(loaded.model, loaded.task)
+    assert again_figures["loss"] == pytest.approx(figures["loss"], rel=1e-4)
 
 
 def test_two_processes_compare_alike(arguments, tmp_path):
@@ -299,13 +301,13 @@ def test_two_processes_compare_alike(arguments, tmp_path):
 def steps_taken(monkeypatch):
     """The losses of all steps that were really trained, in order."""
     taken = []
-    training_step = comparison.Trainer.training_step
+    training_step = setup.Trainer.training_step
 
     def counting(self, *args, **kwargs):
         taken.append(training_step(self, *args, **kwargs))
         return taken[-1]
 
-    monkeypatch.setattr(comparison.Trainer, "training_step", counting)
+    monkeypatch.setattr(setup.Trainer, "training_step", counting)
     return taken
 
 
@@ -413,10 +415,10 @@ def test_number_out_of_range_is_a_usage_error(option, arguments):
 
 
 def test_options_reach_the_optimizers():
-    stock, ours = comparison.contenders("fastopt.SGD:momentum=0.9,backend='cpu'", None).values()
+    stock, ours = contenders.contenders("fastopt.SGD:momentum=0.9,backend='cpu'", None).values()
     assert stock.name == "torch.optim.SGD(momentum=0.9, fused=True)"
     assert ours.name == "fastopt.SGD(momentum=0.9, backend='cpu')"
-    loop = comparison.parse_optimizer("torch.optim.AdamW:fused=False,betas=(0.8, 0.9)")
+    loop = contenders.parse_optimizer("torch.optim.AdamW:fused=False,betas=(0.8, 0.9)")
     assert loop.kwargs == {"fused": False, "betas": (0.8, 0.9)}
 
 

@@ -17,7 +17,7 @@ pytest.importorskip("sacrebleu")
 from PIL import Image
 
 import finetune
-from finetuning import report as reports
+from finetuning import all_tasks
 from finetuning.tasks import TASKS, InputError, dialogue, find, images, ner, recommend, sentiment
 from finetuning.tasks.fetch import DebianPackage, FetchError, default_cache
 from finetuning.tasks.models import MINILM
@@ -339,7 +339,7 @@ def test_page_shows_every_run(arguments, tmp_path):
     assert finetune.main(arguments("topics")) == 0
     table = (tmp_path / "out" / "table.txt").read_text()
     outputs = [(["topics", "--steps", "8"], table), (["topics", "--more"], "said\n")]
-    text = reports.page({"a-run": (report_in(tmp_path), outputs)})
+    text = all_tasks.page({"a-run": (report_in(tmp_path), outputs)})
     assert "| [a-run](#a-run) " in text
     assert f"$ python bench/finetune.py topics --steps 8\n{table}" in text
     assert "$ python bench/finetune.py topics --more\nsaid\n" in text

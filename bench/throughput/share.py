@@ -1,8 +1,9 @@
 """What share of a fine-tuning step is the optimizer, and what does ours do to the whole?
 
-MiniLM on BBC News as in bench/finetune.py, tuned fully and by LoRA (r=8 on every linear layer), by
-torch's fused AdamW and by ours: four models, each with its own optimizer, take the same batch in
-turn. A step is forward, backward, clipping to norm 1 (Trainer's default) and the optimizer.
+MiniLM on BBC News as in bench/finetune.py, tuned fully, its head alone, by LoRA (r=8 on every linear
+layer) and by bottleneck adapters, by torch's fused AdamW and by ours: eight models, each with its
+own optimizer, take the same batch in turn. A step is forward, backward, clipping to norm 1
+(Trainer's default) and the optimizer.
 
     PYTHONPATH=bench python -m throughput.share --csv bench/results/share-cpu.csv
 """
@@ -26,17 +27,18 @@ from finetuning.options import parse_options
 from finetuning.tasks import TaskError, find
 from finetuning.tasks.fetch import default_cache
 from finetuning.tuning import tuned
+from step import state_bytes
 
 from .rivals import CONTENDERS, FUSED, OURS
 
 COLUMNS = [
-    *("tuning", "contender", "device", "tensors", "elements", "steps"),
+    *("tuning", "contender", "device", "tensors", "elements", "state_bytes", "steps"),
     *("whole_ms", "whole_p20_ms", "whole_p80_ms", "clip_ms", "optimizer_ms", "optimizer_share"),
     *("machine", "torch", "commit"),
 ]
 
 
-TUNINGS = ("full", "lora")
+TUNINGS = ("full", "head", "lora", "adapter")
 
 
 class Trained:
@@ -76,6 +78,7 @@ class Trained:
         return {
             "tensors": str(len(self.params)),
             "elements": str(sum(p.numel() for p in self.params)),
+            "state_bytes": str(state_bytes([self.optimizer])),
             "steps": str(len(kept["whole"])),
             "whole_p20_ms": f"{p20 * 1e3:.2f}",
             "whole_p80_ms": f"{p80 * 1e3:.2f}",

@@ -40,13 +40,14 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import machine
-import step
 from finetuning.tasks import TaskError, split, topics
 from finetuning.tasks.fetch import default_cache
 from finetuning.tasks.options import number
 from throughput import plots, rivals, tables
+from throughput.measure import Row, reason, refuse_fallbacks
+from throughput.memory import state_bytes
+from throughput.rows import measured, read
 
-Row = step.Row
 Betas = tuple[float, float]
 
 
@@ -210,7 +211,7 @@ def train(
         diverged = steps
     elements = sum(param.numel() for param in params)
     # An optimizer may take the gradients away: they are as large as the parameters.
-    stored = 2 * sum(param.nbytes for param in params) + step.state_bytes([optimizer])
+    stored = 2 * sum(param.nbytes for param in params) + state_bytes([optimizer])
     return {
         "held_out_loss": "" if diverged else f"{reached:.6f}",
         "diverged": str(diverged or ""),
@@ -225,7 +226,7 @@ def run_all(args: argparse.Namespace, data: Data, results: Path) -> list[Row]:
 
     They are written as they come: what ends the program loses none of them.
     """
-    rows = step.measured(step.read(results)) if args.resume and results.exists() else []
+    rows = measured(read(results)) if args.resume and results.exists() else []
     done = {tuple(row[column] for column in KEY) for row in rows}
     runs = [
         (name, betas, seed)
@@ -252,7 +253,7 @@ def run_all(args: argparse.Namespace, data: Data, results: Path) -> list[Row]:
             try:
                 figures = train(kept, betas, seed, args.steps, data, bar.update)
             except Exception as error:  # a rival's own: whatever it is, the others go on
-                figures = {"skipped": step.reason(error)}
+                figures = {"skipped": reason(error)}
             named = dict(zip(KEY, key(name, betas, seed, args.steps), strict=True))
             version = {"version": rivals.CONTENDERS[kept.rival].version()}
             rows.append(dict.fromkeys(COLUMNS, "") | named | figures | version | facts)
@@ -299,7 +300,7 @@ class Outcome:
 
 def outcomes(rows: Iterable[Row]) -> dict[str, Outcome]:
     """By contender, in the order of FORMATS, of the rows of one pair of betas."""
-    found = {name: tables.pick(step.measured(rows), contender=name) for name in FORMATS}
+    found = {name: tables.pick(measured(rows), contender=name) for name in FORMATS}
     losses = {
         name: {row["seed"]: float(row["held_out_loss"]) for row in own if not row["diverged"]}
         for name, own in found.items()
@@ -379,7 +380,7 @@ def sentences(found: dict[str, Outcome]) -> list[str]:
 
 def page(rows: Sequence[Row]) -> str:
     """formats.md."""
-    good = step.measured(rows)
+    good = measured(rows)
     parts = [INTRODUCTION.format(elements=int(good[0]["elements"]) / 1e6)] if good else []
     for title, own in settings(good).items():
         found = outcomes(own)
@@ -401,9 +402,9 @@ def measured_on(rows: Iterable[Row]) -> str:
     return "; ".join([tables.measured_on(list(rows)), *versions])
 
 
-def differences(rows: Sequence[step.Row]) -> Figure:
+def differences(rows: Sequence[Row]) -> Figure:
     """Every run's difference, a dot each, before the reference's spread."""
-    grouped = settings(step.measured(rows))
+    grouped = settings(measured(rows))
     figure = Figure(figsize=(9, 0.8 + 4 * max(1, len(grouped))), layout="constrained")
     places = figure.subplots(max(1, len(grouped)), 1, squeeze=False).flat
     for axes, (title, own) in zip(places, grouped.items(), strict=False):
@@ -472,7 +473,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_options(argv)
     torch.set_num_threads(args.threads)
-    step.refuse_fallbacks()
+    refuse_fallbacks()
     try:
         data = load(args.cache)
     except TaskError as error:

@@ -42,7 +42,7 @@ from typing import Any, BinaryIO
 import torch
 
 import machine
-from step import OPTIMIZERS
+from throughput.measure import OPTIMIZERS
 from throughput.rivals import AUTHORS, CONTENDERS, FOREACH, FUSED, OURS
 
 BENCH = machine.ROOT / "bench"

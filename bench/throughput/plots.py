@@ -9,10 +9,10 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import step
-
 from . import scaling
+from .measure import Row
 from .rivals import CONTENDERS, FUSED, OURS
+from .rows import measured, read
 from .workloads import WORKLOADS
 
 COLOURS = {OURS: "#b03a2e", FUSED: "#2e6da4"}
@@ -20,7 +20,7 @@ SHOWN = ["1000x16", "lora-bert", "8x4M", "bert-base"]
 SLOWEST = 5  # times as long as torch fused: how far a bar is drawn
 
 
-def bars(rows: Sequence[step.Row]) -> Figure:
+def bars(rows: Sequence[Row]) -> Figure:
     """Every contender's time on some workloads, and the time at the memory's limit.
 
     All relative to torch fused in the same rounds: from one comparison to the next a shared machine
@@ -28,7 +28,7 @@ def bars(rows: Sequence[step.Row]) -> Figure:
     """
     plain = [
         row
-        for row in step.measured(rows)
+        for row in measured(rows)
         if (row["optimizer"], row["situation"], row["dtype"]) == ("adamw", "plain", "float32")
     ]
     workloads = [name for name in SHOWN if any(row["workload"] == name for row in plain)]
@@ -41,7 +41,7 @@ def bars(rows: Sequence[step.Row]) -> Figure:
     return figure
 
 
-def draw_bars(axes: Axes, rows: list[step.Row]) -> None:
+def draw_bars(axes: Axes, rows: list[Row]) -> None:
     times = {row["contender"]: 1 / float(row["ratio"]) for row in rows}
     names = sorted(times, key=times.__getitem__, reverse=True)
     edge = min(SLOWEST, 1.2 * max(times.values()))
@@ -65,7 +65,7 @@ def colour(contender: str) -> str:
     return COLOURS.get(contender, "#aab4bd")
 
 
-def sweeps(rows: Sequence[step.Row]) -> Figure:
+def sweeps(rows: Sequence[Row]) -> Figure:
     """Time over the number of tensors, and over the size of one."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     many, large = figure.subplots(1, 2)
@@ -82,7 +82,7 @@ def sweeps(rows: Sequence[step.Row]) -> Figure:
 
 
 # What each shows, and the CSV it comes from.
-PICTURES: dict[str, tuple[Callable[[Sequence[step.Row]], Figure], str]] = {
+PICTURES: dict[str, tuple[Callable[[Sequence[Row]], Figure], str]] = {
     "rivals": (bars, "step"),
     "scaling": (sweeps, "scaling"),
 }
@@ -92,10 +92,10 @@ def digest(source: Path) -> str:
     return hashlib.sha256(source.read_bytes()).hexdigest()
 
 
-def save(draw: Callable[[Sequence[step.Row]], Figure], source: Path, picture: str) -> None:
+def save(draw: Callable[[Sequence[Row]], Figure], source: Path, picture: str) -> None:
     """Beside the CSV, if there is one."""
     if not source.exists():
         return
     name = source.name.replace(source.stem.split("-")[0], picture, 1)
     target = source.with_name(name).with_suffix(".png")
-    draw(step.read(source)).savefig(target, dpi=110, metadata={"Source": digest(source)})
+    draw(read(source)).savefig(target, dpi=110, metadata={"Source": digest(source)})

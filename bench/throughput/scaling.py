@@ -18,9 +18,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-import step
-
+from .measure import CACHES, Row, Setting, measure
 from .rivals import FUSED, OURS
+from .rows import Results, measured, table
 
 TINY = 16  # elements: next to no work but the bookkeeping
 COUNTS = [1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 20_000]
@@ -41,33 +41,33 @@ def fit(x: Iterable[float], y: Iterable[float]) -> Line:
     return Line(float(fixed), float(each))
 
 
-def over_tensors(rows: Iterable[step.Row], contender: str) -> list[tuple[int, float]]:
+def over_tensors(rows: Iterable[Row], contender: str) -> list[tuple[int, float]]:
     """Pairs of a number of tiny tensors and milliseconds."""
     return [
         (int(row["tensors"]), float(row["median_ms"]))
-        for row in step.measured(rows)
+        for row in measured(rows)
         if row["contender"] == contender and int(row["elements"]) == TINY * int(row["tensors"])
     ]
 
 
-def over_elements(rows: Iterable[step.Row], contender: str) -> list[tuple[int, float]]:
+def over_elements(rows: Iterable[Row], contender: str) -> list[tuple[int, float]]:
     """Pairs of the elements of one tensor and milliseconds."""
     return [
         (int(row["elements"]), float(row["median_ms"]))
-        for row in step.measured(rows)
+        for row in measured(rows)
         if row["contender"] == contender and row["tensors"] == "1"
     ]
 
 
-def fits(rows: Iterable[step.Row], contender: str) -> tuple[Line, Line | None]:
+def fits(rows: Iterable[Row], contender: str) -> tuple[Line, Line | None]:
     """Milliseconds over the number of tensors, and over the elements beyond the caches."""
     rows = list(rows)
-    large = [(n, ms) for n, ms in over_elements(rows, contender) if n * BYTES >= step.CACHES]
+    large = [(n, ms) for n, ms in over_elements(rows, contender) if n * BYTES >= CACHES]
     tensors = fit(*zip(*over_tensors(rows, contender), strict=True))
     return tensors, fit(*zip(*large, strict=True)) if len(large) > 1 else None
 
 
-def describe(rows: Iterable[step.Row], contender: str) -> str:
+def describe(rows: Iterable[Row], contender: str) -> str:
     tensors, elements = fits(rows, contender)
     text = f"{contender}: {tensors.fixed * 1e3:.1f} µs and {tensors.each * 1e6:.0f} ns a tensor"
     if elements is None:
@@ -86,13 +86,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--csv", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
-    results = step.Results(args.csv, args.device)
+    results = Results(args.csv, args.device)
     points = [(count, TINY) for count in COUNTS] + [(1, size) for size in SIZES]
     for count, size in tqdm(points, unit="point"):
-        setting = step.Setting([(size,)] * count, "adamw", "plain", "float32", args.device)
-        for row in step.measure(setting, [OURS, FUSED], args.seconds, patience=60):
+        setting = Setting([(size,)] * count, "adamw", "plain", "float32", args.device)
+        for row in measure(setting, [OURS, FUSED], args.seconds, patience=60):
             results.add(f"{count}x{size}", setting, row)
-    print(step.table(results.rows))
+    print(table(results.rows))
     for contender in (OURS, FUSED):
         print(describe(results.rows, contender))
     return 0

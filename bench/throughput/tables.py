@@ -13,11 +13,12 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import step
 from machine import ROOT
 
 from . import plots, scaling
+from .measure import OPTIMIZERS, TOO_LARGE, Row
 from .rivals import CONTENDERS, FUSED, OURS
+from .rows import measured, read
 from .workloads import WORKLOADS
 
 RESULTS = ROOT / "bench" / "results"
@@ -25,7 +26,6 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = ["1000x16", "lora-bert", "minilm", "bert-base"]
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 NOT_YET = "not measured yet"
-Row = step.Row
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -35,7 +35,7 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def rows_of(results: Path, name: str) -> list[Row]:
     file = results / f"{name}.csv"
-    return step.read(file) if file.exists() else []
+    return read(file) if file.exists() else []
 
 
 def pick(rows: Iterable[Row], **wanted: str) -> list[Row]:
@@ -43,7 +43,7 @@ def pick(rows: Iterable[Row], **wanted: str) -> list[Row]:
 
 
 def one(rows: Iterable[Row], **wanted: str) -> Row | None:
-    found = pick(step.measured(rows), **wanted)
+    found = pick(measured(rows), **wanted)
     return found[0] if found else None
 
 
@@ -106,7 +106,7 @@ def short_table(results: Path) -> str:
 def step_table(results: Path, device: str) -> str:
     """Ours and torch fused, AdamW and SGD."""
     plain = pick(rows_of(results, f"step-{device}"), situation="plain", dtype="float32")
-    rows = step.measured(plain)
+    rows = measured(plain)
     if not rows:
         return f"{DEVICES[device]}: {NOT_YET}."
     parts = []
@@ -210,7 +210,7 @@ def lacking_list(rows: Iterable[Row]) -> str:
     found: dict[str, dict[str, None]] = {}
     for row in rows:
         if row["skipped"]:
-            name, _ = step.OPTIMIZERS[row["optimizer"]]
+            name, _ = OPTIMIZERS[row["optimizer"]]
             reason = f"- {row['contender']}: {row['skipped'].replace(name, '...')}"
             found.setdefault(reason, {})[name] = None
     return "\n".join(f"{reason} ({', '.join(names)})" for reason, names in sorted(found.items()))
@@ -265,7 +265,7 @@ def skipped_list(rows: Iterable[Row]) -> str:
     reasons = {
         f"- {row['contender']}: {row['skipped']}"
         for row in rows
-        if row["skipped"] and not row["skipped"].startswith(step.TOO_LARGE)
+        if row["skipped"] and not row["skipped"].startswith(TOO_LARGE)
     }
     return "\n".join(sorted(reasons)) or "All of them ran."
 
@@ -287,7 +287,7 @@ def share_table(rows: Sequence[Row]) -> str:
 def sections(results: Path, device: str, pictures: bool) -> list[str]:
     """Those for which there are figures."""
     rows = rows_of(results, f"step-{device}")
-    good = step.measured(rows)
+    good = measured(rows)
     if not good:
         return [f"## {DEVICES[device]}", f"{NOT_YET.capitalize()}."]
     parts = [f"## {DEVICES[device]}", f"{measured_on(good)}."]
@@ -313,20 +313,20 @@ def sections(results: Path, device: str, pictures: bool) -> list[str]:
         add("adamw in other situations", situations_table(others))
     around = rows_of(results, f"around-{device}")
     if around:
-        ran = step.measured(around)
+        ran = measured(around)
         add(
             "adamw and what is done around a step, and beside it",
             measured_on(ran) + ".",
             situations_table(ran),
         )
-    narrow = step.measured(rows_of(results, f"bytes-{device}"))
+    narrow = measured(rows_of(results, f"bytes-{device}"))
     for dtype in dict.fromkeys(row["dtype"] for row in narrow):
         own = pick(narrow, dtype=dtype)
         title = f"adamw in fewer bytes, {dtype} parameters"
         add(title, measured_on(own) + ".", contenders_table(own), memory_table(own))
     further = rows_of(results, f"optimizers-{device}")
     if further:
-        ran = step.measured(further)
+        ran = measured(further)
         texts = measured_on(ran) + ".", optimizers_table(ran), lacking_list(further)
         add("Every other optimizer, float32", *texts)
     if device == "cuda":

@@ -6,15 +6,15 @@ pytest bench/ --benchmark-compare --benchmark-compare-fail=min:20%
 
 import pytest
 
-import step
-
+from .measure import Setting
 from .rivals import OURS
+from .workloads import WORKLOADS
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd-momentum"])
 @pytest.mark.parametrize("workload", ["one-tiny", "1000x16", "lora-bert", "minilm"])
 def test_step(benchmark, workload, optimizer):
-    setting = step.Setting(step.WORKLOADS[workload].shapes(), optimizer, "plain", "float32", "cpu")
+    setting = Setting(WORKLOADS[workload].shapes(), optimizer, "plain", "float32", "cpu")
     clock = setting.clock(OURS)
     clock.warm_up()
     benchmark(clock.situation.turn)

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 import formats
-import step
 from throughput import plots, rivals
+from throughput.rows import read
 from tiny import rows, small_run  # noqa: F401
 
 NARROW = "torch, bfloat16"
@@ -29,7 +29,7 @@ def run(tmp_path, monkeypatch):
     def call(*arguments):
         chosen = ["--betas", "0.9,0.95", "--steps", str(STEPS), "--cache", str(tmp_path)]
         code = formats.main([*chosen, "--results", str(tmp_path), *arguments])
-        return code, step.read(tmp_path / "formats.csv"), (tmp_path / "formats.md").read_text()
+        return code, read(tmp_path / "formats.csv"), (tmp_path / "formats.md").read_text()
 
     return call
 

@@ -9,8 +9,12 @@ import time
 import pytest
 import torch
 
+import cases
 import run
 import step
+from throughput.measure import OPTIMIZERS
+from throughput.situations import SITUATIONS
+from throughput.workloads import WORKLOADS
 
 
 def part(name: str, code: str, limit: float = 60, **kwargs) -> run.Part:
@@ -84,16 +88,16 @@ def test_every_part_asks_for_what_the_programs_know(plan):
     csvs = {"bench": {"step", "around", "bytes", "optimizers"}, "gpu": {"step", "around"}}[plan]
     names = {run.RESULTS / f"{csv}-{args.device}.csv" for csv in csvs}
     assert {options.csv for options in chosen} == names
-    assert {name for options in chosen for name in options.workload} == set(step.WORKLOADS)
+    assert {name for options in chosen for name in options.workload} == set(WORKLOADS)
     situations = {name for options in chosen for name in options.situation}
-    assert situations == set(step.SITUATIONS) - ({"graph"} if plan == "bench" else set())
+    assert situations == set(SITUATIONS) - ({"graph"} if plan == "bench" else set())
 
 
 def test_every_optimizer_but_adam_is_measured():
     commands = [part.command[2:] for part in run.bench_parts(run.parse_options(["bench"]))]
     named = [step.parse_options(c).optimizer for c in commands if "--optimizer" in c]
-    measured = {step.OPTIMIZERS[name][0] for names in named for name in names}
-    assert measured == set(step.OPTIONS) - {"Adam"}  # AdamW is the same work
+    measured = {OPTIMIZERS[name][0] for names in named for name in names}
+    assert measured == set(cases.OPTIONS) - {"Adam"}  # AdamW is the same work
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,9 @@ import pytest
 from PIL import Image
 
 import formats
-import step
 from throughput import plots, scaling, tables
+from throughput.measure import OPTIMIZERS, Setting
+from throughput.rows import Results, read
 
 AGAIN = "run `make tables`"
 
@@ -22,7 +23,7 @@ def test_results_page_is_that_of_the_committed_figures():
 
 
 def test_formats_page_is_that_of_the_committed_figures():
-    rows = step.read(tables.RESULTS / "formats.csv")
+    rows = read(tables.RESULTS / "formats.csv")
     assert formats.page(rows) == (tables.RESULTS / "formats.md").read_text()
 
 
@@ -39,8 +40,8 @@ def test_pictures_show_the_committed_figures():
 def figures(tmp_path):
     """A folder with one row for each device: ours, 2.00 ms, half as fast as torch fused."""
     for device in tables.DEVICES:
-        results = step.Results(tmp_path / f"step-{device}.csv", "cpu")
-        setting = step.Setting([(4, 4)], "adamw", "plain", "float32", device)
+        results = Results(tmp_path / f"step-{device}.csv", "cpu")
+        setting = Setting([(4, 4)], "adamw", "plain", "float32", device)
         figures = {"median_ms": "2.0000", "ratio": "0.50"}
         results.add("one-tiny", setting, {"contender": "fastopt", **figures})
         results.add("one-tiny", setting, {"contender": "apex", "skipped": "ImportError: no apex"})
@@ -63,13 +64,13 @@ def test_where_we_lose_and_who_did_not_run_is_on_the_page(figures):
 
 
 def test_ours_is_compared_with_the_fastest_of_torchs_own(figures):
-    results = step.Results(figures / "optimizers-cpu.csv", "cpu")
-    setting = step.Setting([(4, 4)], "asgd", "plain", "float32", "cpu")
+    results = Results(figures / "optimizers-cpu.csv", "cpu")
+    setting = Setting([(4, 4)], "asgd", "plain", "float32", "cpu")
     for name, ratio in (("fastopt", "6.00"), ("torch foreach", "1.00"), ("torch loop", "3.00")):
         results.add("one-tiny", setting, {"contender": name, "median_ms": "2.0", "ratio": ratio})
     for optimizer in ("asgd", "rprop"):
-        reason = f"no {step.OPTIMIZERS[optimizer][0]}"
-        lacking = step.Setting([(4, 4)], optimizer, "plain", "float32", "cpu")
+        reason = f"no {OPTIMIZERS[optimizer][0]}"
+        lacking = Setting([(4, 4)], optimizer, "plain", "float32", "cpu")
         results.add("one-tiny", lacking, {"contender": "bitsandbytes", "skipped": reason})
     page = tables.page(figures, pictures=False)
     assert "| torch foreach | 2.00 | 2.00 | 6.00x | 2.00x (torch loop) | 3.00x |" in page

@@ -66,7 +66,7 @@ bench: $(VENV)/rivals  ## measure a step against its rivals, into bench/results 
 	$(RUN) bench/run.py bench $(ARGS)
 
 tables: install  ## write the tables and pictures of the figures in bench/results
-	PYTHONPATH=bench $(RUN) -m throughput.tables $(ARGS)
+	PYTHONPATH=bench $(RUN) -m throughput.pages $(ARGS)
 
 # That machine's own Python has torch, the build's tools and the tests': no venv, no network. A build
 # that would leave the kernels out fails.

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
 
 
 def device_name(device: str) -> str:
@@ -41,6 +42,15 @@ def commit() -> str:
         return os.environ.get("FASTOPT_COMMIT", "unknown")
     edited = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "csrc", "fastopt"]).returncode
     return head.stdout.strip() + ("-dirty" if edited else "")
+
+
+def facts(device: str) -> dict[str, str]:
+    """What every row of a CSV says of where it comes from."""
+    return {
+        "machine": device_name(device),
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
 
 
 def version(package: str) -> str:

@@ -10,7 +10,7 @@ or runs out of time does not stop the others. Results go to bench/results, or fl
     share-DEVICE.csv       throughput/share.py: the optimizer's share of fine-tuning
     finetune-topics-DEVICE.json, .png   gpu only: finetune.py
     run.log                with --out: all output
-    README.md              throughput/tables.py: all of it in tables; without --out, pictures, too
+    README.md              throughput/pages.py: all of it in tables; without --out, pictures, too
 
     python bench/run.py bench
     python bench/run.py gpu --out DIR --cache DIR
@@ -46,7 +46,6 @@ from throughput.measure import OPTIMIZERS
 from throughput.rivals import AUTHORS, CONTENDERS, FOREACH, FUSED, OURS
 
 BENCH = machine.ROOT / "bench"
-RESULTS = BENCH / "results"
 BUILD = machine.ROOT / "build" / "gpu"  # `make gpu` has it in PYTHONPATH
 
 
@@ -178,7 +177,7 @@ def step(
 
 
 def tables_part(args: argparse.Namespace) -> Part:
-    return Part("tables", python("-m", "throughput.tables", "--results", args.to), 60)
+    return Part("tables", python("-m", "throughput.pages", "--results", args.to), 60)
 
 
 def python(*arguments: Any) -> list[str]:
@@ -284,7 +283,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     args.device = args.device or ("cuda" if gpu else "cpu")
     args.minutes = args.minutes or (7.5 if gpu else 20)
     args.seconds = args.seconds or (0.3 if gpu else 2)
-    args.to = (args.out or RESULTS).resolve()
+    args.to = (args.out or machine.RESULTS).resolve()
     args.cache = args.cache and args.cache.resolve()
     return args
 

@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from machine import RESULTS, ROOT
+
 from .report import batch
 
-BENCH = Path(__file__).parents[1]
-SCRIPT = BENCH / "finetune.py"
-RESULTS = BENCH / "results"
+SCRIPT = ROOT / "bench" / "finetune.py"
 PAGE = RESULTS / "finetune.md"
 OUT = Path("runs")
 # The network's gradients are long: at Trainer's norm of 1, SGD would hardly move. At a rate of 0.01

@@ -6,8 +6,6 @@ import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
-
 import machine
 
 from .measure import Row, Setting
@@ -36,12 +34,7 @@ class Results:
 
     def __init__(self, file: Path | None, device: str, append: bool = False) -> None:
         self.rows: list[Row] = []
-        self.facts = {
-            "device": device,
-            "machine": machine.device_name(device),
-            "torch": torch.__version__,
-            "commit": machine.commit(),
-        }
+        self.facts = {"device": device, **machine.facts(device)}
         self.sink = file.open("a" if append else "w", newline="") if file else None
         if self.sink and not self.sink.tell():
             csv.DictWriter(self.sink, COLUMNS).writeheader()

@@ -116,12 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
         for trained in runs.values():
             trained.step(batch)
-    facts = {
-        "device": args.device,
-        "machine": machine.device_name(args.device),
-        "torch": torch.__version__,
-        "commit": machine.commit(),
-    }
+    facts = {"device": args.device, **machine.facts(args.device)}
     rows = [
         {"tuning": tuning, "contender": contender, **trained.figures(args.warm_up), **facts}
         for (tuning, contender), trained in runs.items()

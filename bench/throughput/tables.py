@@ -1,28 +1,15 @@
-"""Write the tables and pictures of the pages and of bench/results/README.md from committed CSVs.
-
-    make tables                         after new figures
-    make tables ARGS="--results DIR"    DIR/README.md alone, of figures that lie elsewhere
-
-In README.md and docs/ a generated table stands between `<!-- table: NAME -->` and `<!-- end -->`.
-"""
+"""Markdown tables of the rows of one CSV, and how their cells are written."""
 
 from __future__ import annotations
 
-import argparse
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from machine import ROOT
-
-from . import plots, scaling
 from .measure import OPTIMIZERS, TOO_LARGE, Row
 from .rivals import CONTENDERS, FUSED, OURS
 from .rows import measured, read
 from .workloads import WORKLOADS
 
-RESULTS = ROOT / "bench" / "results"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = ["1000x16", "lora-bert", "minilm", "bert-base"]
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 NOT_YET = "not measured yet"
@@ -121,22 +108,6 @@ def step_table(results: Path, device: str) -> str:
         head = [name, "", "torch", "fastopt", "times as fast (p20 to p80)", "of the ceiling"]
         parts.append(markdown(head, lines))
     return "\n\n".join([*parts, f"{measured_on(rows)}."])
-
-
-TABLES: dict[str, Callable[[Path], str]] = {
-    "short-cpu": short_table,
-    "step-cpu": lambda results: step_table(results, "cpu"),
-    "step-cuda": lambda results: step_table(results, "cuda"),
-}
-
-
-def with_tables(text: str, results: Path) -> str:
-    """A page with what stands between its markers written anew."""
-
-    def block(match: re.Match[str]) -> str:
-        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]](results)}\n<!-- end -->"
-
-    return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
 
 
 # Of bench/results/README.md.
@@ -282,96 +253,3 @@ def share_table(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     return markdown(["", "", "whole step, ms", "clipping, ms", "optimizer, ms", "its share"], lines)
-
-
-def sections(results: Path, device: str, pictures: bool) -> list[str]:
-    """Those for which there are figures."""
-    rows = rows_of(results, f"step-{device}")
-    good = measured(rows)
-    if not good:
-        return [f"## {DEVICES[device]}", f"{NOT_YET.capitalize()}."]
-    parts = [f"## {DEVICES[device]}", f"{measured_on(good)}."]
-
-    def add(title: str, *texts: str, picture: str | None = None) -> None:
-        parts.extend([f"### {title}", *texts])
-        if picture and pictures:
-            parts.append(f"![{title}]({picture}-{device}.png)")
-
-    for optimizer in dict.fromkeys(row["optimizer"] for row in good):
-        for dtype in dict.fromkeys(row["dtype"] for row in good):
-            plain = pick(good, optimizer=optimizer, dtype=dtype, situation="plain")
-            if plain:
-                add(
-                    f"{optimizer}, {dtype}: ms a step (times as fast as {plain[0]['reference']})",
-                    contenders_table(plain),
-                )
-    plain = pick(good, optimizer="adamw", dtype="float32", situation="plain")
-    pair = [row for row in plain if row["contender"] in (OURS, FUSED)]
-    add("adamw against the ceiling", limits_table(pair), picture="rivals")
-    others = [row for row in good if row["situation"] != "plain"]
-    if others:
-        add("adamw in other situations", situations_table(others))
-    around = rows_of(results, f"around-{device}")
-    if around:
-        ran = measured(around)
-        add(
-            "adamw and what is done around a step, and beside it",
-            measured_on(ran) + ".",
-            situations_table(ran),
-        )
-    narrow = measured(rows_of(results, f"bytes-{device}"))
-    for dtype in dict.fromkeys(row["dtype"] for row in narrow):
-        own = pick(narrow, dtype=dtype)
-        title = f"adamw in fewer bytes, {dtype} parameters"
-        add(title, measured_on(own) + ".", contenders_table(own), memory_table(own))
-    further = rows_of(results, f"optimizers-{device}")
-    if further:
-        ran = measured(further)
-        texts = measured_on(ran) + ".", optimizers_table(ran), lacking_list(further)
-        add("Every other optimizer, float32", *texts)
-    if device == "cuda":
-        add("Host and device", host_table(pick(good, optimizer="adamw", dtype="float32")))
-    add("Memory", memory_table(plain))
-    add("Not run", skipped_list(rows))
-    sweep = rows_of(results, f"scaling-{device}")
-    if sweep:
-        costs = (f"- {scaling.describe(sweep, name)}" for name in (OURS, FUSED))
-        add("As the work grows", "\n".join(costs), picture="scaling")
-    share = rows_of(results, f"share-{device}")
-    if share:
-        add("Share of fine-tuning MiniLM on BBC News", share_table(share))
-    return parts
-
-
-def page(results: Path, pictures: bool) -> str:
-    """bench/results/README.md."""
-    parts = [
-        "# Results in full",
-        "Generated by `make tables` from the CSVs beside it, which `make bench` and "
-        "`make gpu` write. What each column means stands in `bench/step.py`. A shared machine is "
-        "not equally fast from one comparison to the next: compare ratios, which are to the "
-        "reference in the same rounds, rather than milliseconds.",
-    ]
-    for device in DEVICES:
-        parts += sections(results, device, pictures)
-    return "\n\n".join(parts) + "\n"
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--results", type=Path, metavar="DIR", default=RESULTS)
-    results = parser.parse_args(argv).results.resolve()
-    committed = results == RESULTS
-    (results / "README.md").write_text(page(results, pictures=committed))
-    if committed:
-        for file in PAGES:
-            file.write_text(with_tables(file.read_text(), results))
-        for picture, (draw, source) in plots.PICTURES.items():
-            for device in DEVICES:
-                plots.save(draw, results / f"{source}-{device}.csv", picture)
-
-
-if __name__ == "__main__":
-    main()

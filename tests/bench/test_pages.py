@@ -3,8 +3,9 @@
 import pytest
 from PIL import Image
 
-import formats
-from throughput import plots, scaling, tables
+from machine import RESULTS
+from pretraining.page import page as formats_page
+from throughput import pages, plots, scaling, tables
 from throughput.measure import OPTIMIZERS, Setting
 from throughput.rows import Results, read
 
@@ -12,27 +13,27 @@ AGAIN = "run `make tables`"
 
 
 def test_pages_have_the_tables_of_the_committed_figures():
-    texts = [page.read_text() for page in tables.PAGES]
-    assert all(f"<!-- table: {name} -->" in "".join(texts) for name in tables.TABLES)
-    assert [tables.with_tables(text, tables.RESULTS) for text in texts] == texts, AGAIN
+    texts = [page.read_text() for page in pages.PAGES]
+    assert all(f"<!-- table: {name} -->" in "".join(texts) for name in pages.TABLES)
+    assert [pages.with_tables(text, RESULTS) for text in texts] == texts, AGAIN
 
 
 def test_results_page_is_that_of_the_committed_figures():
-    page = (tables.RESULTS / "README.md").read_text()
-    assert page == tables.page(tables.RESULTS, pictures=True), AGAIN
+    page = (RESULTS / "README.md").read_text()
+    assert page == pages.page(RESULTS, pictures=True), AGAIN
 
 
 def test_formats_page_is_that_of_the_committed_figures():
-    rows = read(tables.RESULTS / "formats.csv")
-    assert formats.page(rows) == (tables.RESULTS / "formats.md").read_text()
+    rows = read(RESULTS / "formats.csv")
+    assert formats_page(rows) == (RESULTS / "formats.md").read_text()
 
 
 def test_pictures_show_the_committed_figures():
     for picture, (_, source) in plots.PICTURES.items():
         for device in tables.DEVICES:
-            file = tables.RESULTS / f"{source}-{device}.csv"
+            file = RESULTS / f"{source}-{device}.csv"
             if file.exists():
-                shown = Image.open(tables.RESULTS / f"{picture}-{device}.png").text["Source"]
+                shown = Image.open(RESULTS / f"{picture}-{device}.png").text["Source"]
                 assert shown == plots.digest(file), AGAIN
 
 
@@ -50,15 +51,15 @@ def figures(tmp_path):
 
 def test_a_changed_figure_changes_a_page(figures):
     marked = "before\n<!-- table: step-cpu -->\nold\n<!-- end -->\nafter\n"
-    text = tables.with_tables(marked, figures)
+    text = pages.with_tables(marked, figures)
     assert text.startswith("before\n<!-- table: step-cpu -->\n| AdamW")
     assert text.endswith("<!-- end -->\nafter\n")
     assert "| 2.00 | 0.50x |" in text
-    assert tables.with_tables(text, figures) == text
+    assert pages.with_tables(text, figures) == text
 
 
 def test_where_we_lose_and_who_did_not_run_is_on_the_page(figures):
-    page = tables.page(figures, pictures=False)
+    page = pages.page(figures, pictures=False)
     assert "2.00 (0.50x)" in page
     assert "- apex: ImportError: no apex" in page
 
@@ -72,14 +73,14 @@ def test_ours_is_compared_with_the_fastest_of_torchs_own(figures):
         reason = f"no {OPTIMIZERS[optimizer][0]}"
         lacking = Setting([(4, 4)], optimizer, "plain", "float32", "cpu")
         results.add("one-tiny", lacking, {"contender": "bitsandbytes", "skipped": reason})
-    page = tables.page(figures, pictures=False)
+    page = pages.page(figures, pictures=False)
     assert "| torch foreach | 2.00 | 2.00 | 6.00x | 2.00x (torch loop) | 3.00x |" in page
     assert "- bitsandbytes: no ... (ASGD, Rprop)" in page
 
 
 def test_what_nobody_measured_is_said_not_to_be(tmp_path):
     assert "not measured yet" in tables.step_table(tmp_path, "cuda")
-    assert page_sections(tables.page(tmp_path, pictures=False)) == ["CPU", "GPU"]
+    assert page_sections(pages.page(tmp_path, pictures=False)) == ["CPU", "GPU"]
 
 
 def page_sections(page: str) -> list[str]:

@@ -1,6 +1,6 @@
 """What a step costs as the work grows: in the number of tensors, and in their size.
 
-    PYTHONPATH=bench python -m throughput.scaling --csv bench/results/scaling-cpu.csv
+    cd bench && python -m throughput.scaling --csv results/scaling-cpu.csv
 
 The CSV has the columns of bench/step.py; a workload is called TENSORSxELEMENTS. Two lines are
 fitted to each contender's times: over the number of tensors, all tiny, a time per step and one per

@@ -5,7 +5,7 @@ layer) and by bottleneck adapters, by torch's fused AdamW and by ours: eight mod
 own optimizer, take the same batch in turn. A step is forward, backward, clipping to norm 1
 (Trainer's default) and the optimizer.
 
-    PYTHONPATH=bench python -m throughput.share --csv bench/results/share-cpu.csv
+    cd bench && python -m throughput.share --csv results/share-cpu.csv
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import machine
 from finetuning.options import parse_options
-from finetuning.tasks import TaskError, find
+from finetuning.tasks import Task, TaskError, find
 from finetuning.tasks.fetch import default_cache
 from finetuning.tuning import tuned
 from step import state_bytes
@@ -87,6 +87,27 @@ class Trained:
         }
 
 
+def train_in_turn(
+    task: Task, device: str, warm_up: int, steps: int
+) -> dict[tuple[str, str], Trained]:
+    """Four models, by tuning and contender, after the same batches."""
+    runs = {
+        (tuning, contender): Trained(
+            tuned(task.load_model(), tuning, steps, None), contender, device
+        )
+        for tuning in TUNINGS
+        for contender in (FUSED, OURS)
+    }
+    order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0)).tolist()
+    for i in tqdm(range(warm_up + steps), unit="step"):
+        chosen = order[i * task.batch_size : (i + 1) * task.batch_size]
+        batch = task.collate([task.train[j] for j in chosen])
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        for trained in runs.values():
+            trained.step(batch)
+    return runs
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -99,23 +120,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         task = find("topics")(parse_options(["topics", "--cache", str(args.cache)]))
+        runs = train_in_turn(task, args.device, args.warm_up, args.steps)
     except TaskError as error:
         print(f"share: {error}", file=sys.stderr)
         return error.exit_code
-    runs = {
-        (tuning, contender): Trained(
-            tuned(task.load_model(), tuning, args.steps, None), contender, args.device
-        )
-        for tuning in TUNINGS
-        for contender in (FUSED, OURS)
-    }
-    order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0)).tolist()
-    for i in tqdm(range(args.warm_up + args.steps), unit="step"):
-        chosen = order[i * task.batch_size : (i + 1) * task.batch_size]
-        batch = task.collate([task.train[j] for j in chosen])
-        batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
-        for trained in runs.values():
-            trained.step(batch)
     facts = {"device": args.device, **machine.facts(args.device)}
     rows = [
         {"tuning": tuning, "contender": contender, **trained.figures(args.warm_up), **facts}

@@ -1,8 +1,8 @@
 """What share of a fine-tuning step is the optimizer, and what does ours do to the whole?
 
-MiniLM on BBC News as in bench/finetune.py, tuned fully, its head alone, by LoRA (r=8 on every linear
-layer) and by bottleneck adapters, by torch's fused AdamW and by ours: eight models, each with its
-own optimizer, take the same batch in turn. A step is forward, backward, clipping to norm 1
+MiniLM on BBC News as in bench/finetune.py, tuned fully, its head alone, by LoRA (r=8 on every
+linear layer) and by bottleneck adapters, by torch's fused AdamW and by ours: eight models, each
+with its own optimizer, take the same batch in turn. A step is forward, backward, clipping to norm 1
 (Trainer's default) and the optimizer.
 
     cd bench && python -m throughput.share --csv results/share-cpu.csv
@@ -27,8 +27,8 @@ from finetuning.options import parse_options
 from finetuning.tasks import Task, TaskError, find
 from finetuning.tasks.fetch import default_cache
 from finetuning.tuning import tuned
-from step import state_bytes
 
+from .memory import state_bytes
 from .rivals import CONTENDERS, FUSED, OURS
 
 COLUMNS = [
@@ -90,7 +90,7 @@ class Trained:
 def train_in_turn(
     task: Task, device: str, warm_up: int, steps: int
 ) -> dict[tuple[str, str], Trained]:
-    """Four models, by tuning and contender, after the same batches."""
+    """The models, by tuning and contender, after the same batches."""
     runs = {
         (tuning, contender): Trained(
             tuned(task.load_model(), tuning, steps, None), contender, device

@@ -1,9 +1,11 @@
 """What every test starts from: a seed, two threads, bounded hypothesis runs, a GPU if it asks.
 
-In CI nothing but a GPU and CUDA's compiler may be missing: any other skip is a failure.
+In CI nothing but a GPU, CUDA's compiler and what a test marked `needs` names may be missing: any
+other skip is a failure.
 """
 
 import gc
+import importlib.util
 import os
 import shutil
 
@@ -34,12 +36,30 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def accelerator():
+    """A fresh one: Accelerate keeps what it was first told for the life of the process."""
+    import accelerate
+    from accelerate.state import AcceleratorState
+
+    def make(**kwargs):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return accelerate.Accelerator(cpu=True, **kwargs)
+
+    yield make
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def missing(node):
     """What a marked test needs and this machine lacks."""
     if node.get_closest_marker("gpu") and not torch.cuda.is_available():
         return "a CUDA device"
     if node.get_closest_marker("nvcc") and shutil.which("nvcc") is None:
         return "nvcc"
+    for marker in node.iter_markers("needs"):
+        for package in marker.args:
+            if importlib.util.find_spec(package) is None:
+                return package
     return None
 
 
@@ -55,7 +75,9 @@ def _fail_in_ci_if_skipped(report, node):
     if IN_CI and report.skipped and not is_xfail and not may_skip:
         _, _, why = report.longrepr
         report.outcome = "failed"
-        report.longrepr = f"in CI only what needs a GPU or nvcc may be skipped: {why}"
+        report.longrepr = (
+            f"in CI only what needs a GPU, nvcc or a package it names may be skipped: {why}"
+        )
     return report
 
 

@@ -3,11 +3,9 @@
 import math
 import warnings
 
-import accelerate
 import pytest
 import torch
 import transformers
-from accelerate.state import AcceleratorState
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
@@ -157,18 +155,6 @@ def test_averaged_training_agrees_with_torch(name, averaging):
 
 
 # Accelerate.
-
-
-@pytest.fixture
-def accelerator():
-    """A fresh one: Accelerate keeps what it was first told for the life of the process."""
-
-    def make(**kwargs):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        return accelerate.Accelerator(cpu=True, **kwargs)
-
-    yield make
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def train_accelerated(accelerator, model, optimizer, steps: list[torch.Tensor]) -> None:

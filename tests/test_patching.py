@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.optim import ZeroRedundancyOptimizer, as_functional_optim
 from torch.optim import AdamW as AdamWOfOld  # as a module does that was imported before
 from torch.optim import lr_scheduler
 
@@ -169,6 +169,13 @@ def test_classes_that_torch_is_given_to_call(model, tmp_path):
     finally:
         torch.distributed.destroy_process_group()
     assert is_ours(sharded.optim)
+
+
+def test_functions_that_torch_has_for_its_classes_stay(model):
+    """Whoever asks torch.distributed for them gets torch's own step."""
+    with fastopt.patch():
+        functional = as_functional_optim(torch.optim.AdamW, lr=0.1)
+    assert type(functional).__module__.startswith("torch.distributed.optim")
 
 
 def test_scheduler_and_scaler_work_on_what_was_made(model):

@@ -9,7 +9,7 @@ PATIENT := OMP_WAIT_POLICY=passive
 # once, unless one has finished and takes some of the other's. ARGS=-n0 makes it one process.
 PYTEST := -m pytest -n 2 --dist worksteal
 
-.PHONY: help install finetune finetune-all test newcomer lint format docs bench tables gpu sanitize wheel clean
+.PHONY: help install finetune finetune-all test test-fast newcomer lint format docs bench tables gpu sanitize wheel clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,10 @@ finetune-all: install  ## fine-tune every task; a page of all in bench/results (
 
 test: install  ## run the test suite (ARGS=...)
 	$(PATIENT) $(RUN) $(PYTEST) $(ARGS)
+
+# A test that takes longer there than it may is to be marked slow.
+test-fast: install  ## every property once: a choice of parameters, nothing slow (ARGS=...)
+	$(PATIENT) $(RUN) $(PYTEST) --once --timeout=60 $(ARGS)
 
 newcomer:  ## install, test and fine-tune as one without our settings (12 GB, 40 minutes)
 	tests/newcomer.sh

@@ -2,6 +2,8 @@
 
 from importlib.machinery import PathFinder
 
+__version__ = "0.2.0"
+
 # As in a clone: its folder hides what is installed, whose core would be that of other sources.
 if PathFinder.find_spec("fastopt._C", __path__) is None:
     raise ImportError(

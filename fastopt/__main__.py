@@ -10,7 +10,6 @@ import json
 import platform
 import re
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +80,7 @@ def report() -> dict[str, Any]:
     for device in devices_to_test(backends):
         tests |= self_test(device)
     return {
-        "fastopt": version("fastopt"),
+        "fastopt": fastopt.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "built": _C.build["compiler"],

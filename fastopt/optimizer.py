@@ -20,7 +20,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from fastopt import _C, triton
 from fastopt.options import DEFAULTS, Backend, Options, States, Weights
 from fastopt.passes import Passes, check_norm, lent, passes_of
-from fastopt.tensors import decoded, formats, is_packed, recast, unscale
+from fastopt.tensors import decoded, formats, is_packed, is_wider, recast, unscale
 
 # What the method is called in torch 2.10, then since.
 _GRAPH_CAPTURE_CHECK = (
@@ -449,7 +449,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 for key, value in kept.items():
                     if isinstance(value, Tensor) and (
                         key in counts[1:]  # of the step count torch itself keeps the dtype
-                        or (not self._keeping and _is_wider(value.dtype, p.dtype))
+                        or (not self._keeping and is_wider(value.dtype, p.dtype))
                     ):
                         self.state[p][key] = value.to(p.device)
 
@@ -499,7 +499,3 @@ def _counts_to_cpu(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None
         values = torch.stack([step.view(()) for step in steps]).cpu()  # one wait a device
         for i, step, value in zip(places, steps, values.unbind(), strict=True):
             states[i] = {**states[i], "step": value.view(step.shape)}
-
-
-def _is_wider(dtype: torch.dtype, than: torch.dtype) -> bool:
-    return dtype == torch.float32 and than in (torch.bfloat16, torch.float16)

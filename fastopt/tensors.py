@@ -105,7 +105,7 @@ def recast(value: Any, param: Any, format: str = "") -> Any:
     device = param.device
     if format == "":
         same_kind = value.is_complex() == param.is_complex()
-        wide = _is_wider(value.dtype, param.dtype)
+        wide = is_wider(value.dtype, param.dtype)
         return value.to(device, value.dtype if wide or not same_kind else param.dtype)
     if value.dtype == _DTYPES[format]:
         return value.to(device)
@@ -270,7 +270,7 @@ def _is_dtensor(tensor: Any) -> bool:
     return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
-def _is_wider(dtype: torch.dtype, than: torch.dtype) -> bool:
+def is_wider(dtype: torch.dtype, than: torch.dtype) -> bool:
     return dtype == torch.float32 and than in (torch.bfloat16, torch.float16)
 
 

@@ -8,6 +8,7 @@ import gc
 import importlib.util
 import os
 import shutil
+import zlib
 
 import pytest
 import torch
@@ -18,6 +19,28 @@ IN_CI = bool(os.environ.get("CI"))
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60)
 settings.register_profile("dev", deadline=None, max_examples=60, print_blob=True)
 settings.load_profile("ci" if IN_CI else "dev")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--once",
+        action="store_true",
+        help="every property once: of each test one choice of its parameters, and none marked slow",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Which choice it is, a test's name says, so that among all tests all optimizers, backends and
+    layouts have their turn."""
+    if not config.getoption("--once"):
+        return
+    choices = {}
+    for item in items:
+        if not (item.get_closest_marker("slow") or missing(item)):
+            choices.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    chosen = [found[zlib.crc32(name.encode()) % len(found)] for name, found in choices.items()]
+    config.hook.pytest_deselected(items=list(set(items) - set(chosen)))
+    items[:] = chosen
 
 
 def pytest_collection_finish():

@@ -490,3 +490,6 @@ def test_averages_stay_where_found_inf_stops_the_step(backend, name):
         assert_same_bits(*optimizers)
         if found_inf:
             assert_equal(snapshot(optimizers[0]), before)
+
+
+__all__ = [name for name in globals() if name.startswith("test_")]  # for import *

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastopt
 from fastopt import _C
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +55,11 @@ def test_cuda_kernels_are_built_where_nvcc_is_found():
 
 
 # Packages.
+
+
+def test_changelog_begins_with_this_version():
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] == fastopt.__version__
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +106,7 @@ def test_wheel_builds_in_isolation_without_torch_and_cuda(checkout, build_tools,
     assert {"fastopt/py.typed", "fastopt/_C.pyi", "fastopt/__main__.py"} <= set(names)
     assert any(re.fullmatch(r"fastopt/_C\..*\.so", name) for name in names)
     assert any(name.endswith("/LICENSE") for name in names)
+    assert metadata["Version"] == fastopt.__version__
     always = [need for need in metadata.get_all("Requires-Dist") if "extra ==" not in need]
     assert always == ["torch>=2.10"]
 

@@ -36,38 +36,8 @@ from helpers import (
     parameters,
     tensors_of,
 )
-from same_bits import (  # noqa: F401 - the tests among them
-    assert_steps_alike,
-    set_gradients,
-    test_any_count,
-    test_any_norm_and_limit,
-    test_averages_have_the_cpus_bits,
-    test_averages_stay_where_found_inf_stops_the_step,
-    test_clipping_by_gradients_that_share_memory_has_the_cpus_bits,
-    test_clipping_has_the_cpus_bits,
-    test_clipping_has_the_cpus_bits_in_any_layout,
-    test_every_rule_clips_and_averages_with_the_cpus_bits,
-    test_factor_that_float_rounds_to_1_has_gradients_rounded_nonetheless,
-    test_formats_have_the_cpus_bits,
-    test_formats_have_the_cpus_bits_in_any_layout,
-    test_formats_of_any_gradient,
-    test_formats_with_clipping_and_averages,
-    test_formats_with_found_inf_and_grad_scale,
-    test_found_inf_and_grad_scale_as_tensors,
-    test_momentum_goes_on_where_steps_are_counted_only_from_now_on,
-    test_norm_of_many_tensors_and_dtypes,
-    test_norm_that_is_not_finite_and_not_skipped,
-    test_option_of_a_tensor_subclass,
-    test_parameters_that_share_memory_are_stepped_in_turn,
-    test_random_bits_are_those_of_the_whole_parameters_elements,
-    test_run_continued_on_another_backend_continues_bit_identically,
-    test_same_bits_as_the_cpu_backend,
-    test_split_parameter_overwritten_since,
-    test_step_counted_in_float64,
-    test_step_is_skipped_where_the_norm_is_not_finite,
-    test_tensor_options_of_every_dtype,
-    twins,
-)
+from same_bits import *  # noqa: F403 - its tests
+from same_bits import assert_steps_alike, set_gradients, twins
 
 pytestmark = [native_only, pytest.mark.network]
 

@@ -6,6 +6,7 @@ or runs out of time does not stop the others. Results go to bench/results, or fl
     MACHINE-DATE.json      what the machine is, and each part's outcome and seconds
     step-DEVICE.csv        step.py: every comparison of AdamW and SGD
     optimizers-DEVICE.csv  bench only: step.py: some comparisons of every other optimizer
+    sharded-DEVICE.csv     step.py: DTensors, offloaded ones, gradients in bfloat16
     scaling-DEVICE.csv     throughput/scaling.py: time over the number and the size of tensors
     share-DEVICE.csv       throughput/share.py: the optimizer's share of fine-tuning
     finetune-topics-DEVICE.json, .png   gpu only: finetune.py
@@ -75,7 +76,7 @@ OTHERS = [name for name in OPTIMIZERS if name.isalpha() and name not in ("adam",
 
 
 def bench_parts(args: argparse.Namespace) -> Iterator[Part]:
-    """For a CPU: 15 minutes on two cores, 3 more where DeepSpeed is yet to build its kernels."""
+    """For a CPU: 20 minutes on two cores, 3 more where DeepSpeed is yet to build its kernels."""
     few = ["--contender", "fastopt", "torch fused", "torch foreach"]
     yield step(args, "every workload", 300, "--optimizer", "adamw")
     yield step(args, "every workload, SGD", 130, "--optimizer", "sgd-momentum", *few)
@@ -94,6 +95,28 @@ def bench_parts(args: argparse.Namespace) -> Iterator[Part]:
         *("--contender", OURS, FUSED, *IN_FEWER_BYTES),
         *("--workload", "1000x16", "lora-bert", "8x4M", "bert-base"),
         csv="bytes",
+    )
+    yield step(
+        *(args, "DTensors", 120, "--optimizer", "adamw", "--situation", "sharded"),
+        *("--contender", OURS, FUSED, FOREACH, "--workload", "1000x16", "300x4096"),
+        csv="sharded",
+    )
+    yield step(
+        *(args, "offloaded", 200, "--optimizer", "adamw", "--situation", "sharded"),
+        *("--contender", OURS, FUSED, "fastopt bfloat16 states", "fastopt 8-bit states"),
+        *("--workload", "minilm", "bert-base", "qwen-0.5b"),
+        csv="sharded",
+    )
+    yield step(
+        *(args, "bfloat16 gradients", 90, "--optimizer", "adamw"),
+        *("--situation", "bfloat16 gradients", "--contender", OURS, FUSED),
+        *("--workload", "1000x16", "minilm", "bert-base"),
+        csv="sharded",
+    )
+    yield step(
+        *(args, "offloaded, DeepSpeed's", 300, "--optimizer", "adamw", "--patience", "240"),
+        *("--contender", OURS, FUSED, "DeepSpeed CPUAdam", "--workload", "minilm", "bert-base"),
+        csv="sharded",
     )
     yield step(
         *(args, "rivals that compile", 600, "--optimizer", "adamw", "--patience", "240"),
@@ -135,6 +158,11 @@ def gpu_parts(args: argparse.Namespace) -> Iterator[Part]:
         *(args, "around a step", 60, "--optimizer", "adamw", *pair, "--situation", *AROUND),
         *("--workload", "1000x16", "lora-bert", "bert-base"),
         csv="around",
+    )
+    yield step(
+        *(args, "DTensors", 60, "--optimizer", "adamw", "--contender", OURS, FUSED, FOREACH),
+        *("--situation", "sharded", "bfloat16 gradients", "--workload", "1000x16", "300x4096"),
+        csv="sharded",
     )
     yield step(args, "every workload, SGD", 60, "--optimizer", "sgd-momentum", *pair)
     yield step(args, "bfloat16", 60, "--optimizer", "adamw", "--dtype", "bfloat16", *pair)

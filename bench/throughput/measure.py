@@ -41,8 +41,6 @@ LEAST_ROUNDS = 7
 # Bytes a step must move to be bound by memory, not by the caches. Streaming the arrays of a smaller
 # one beside it would only push them out.
 CACHES = 256e6
-# float32: parameter, gradient, two states, and as much as foreach takes for a moment.
-BYTES_PER_ELEMENT = 24
 TOO_LARGE = "does not fit: "
 
 
@@ -79,11 +77,14 @@ def measure(
 ) -> Iterator[Row]:
     """The figures of each contender. The reference steps beside ours alone, then again beside
     others, as many at a time as fit into memory."""
-    need = BYTES_PER_ELEMENT * elements(setting.shapes)
-    beside = int(0.9 * machine.free_bytes(setting.device) // need) - 1
+    situation = SITUATIONS[setting.situation]
+    need = situation.bytes_per_element * elements(setting.shapes)
+    shared = situation.shared_bytes_per_element * elements(setting.shapes)
+    beside = int((0.9 * machine.free_bytes(setting.device) - shared) // need) - 1
     if beside < 1:
+        two = (shared + 2 * need) / 1e9
         for name in contenders:
-            yield {"contender": name, "skipped": f"{TOO_LARGE}two need {2 * need / 1e9:.0f} GB"}
+            yield {"contender": name, "skipped": f"{TOO_LARGE}two need {two:.0f} GB"}
         return
     ours = [name for name in contenders if name == OURS]
     others = [name for name in contenders if name not in (OURS, setting.reference)]
@@ -137,7 +138,10 @@ def memory_limit(setting: Setting, reference: Clock | None) -> ceiling.Stream | 
     if setting.device == "cuda":
         return ceiling.Copy()
     states = state_bytes(reference.situation.optimizers) // (4 * elements(setting.shapes))
-    return ceiling.Stream(setting.shapes, min(2, states))
+    kept = min(2, states)
+    if 4 * (2 + kept) * elements(setting.shapes) > 0.9 * machine.free_bytes("cpu"):
+        return None
+    return ceiling.Stream(setting.shapes, kept)
 
 
 def figures(clock: Clock, reference: Clock | None, limits: list[float]) -> Row:

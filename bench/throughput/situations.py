@@ -11,7 +11,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Parameter, ParameterList
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
@@ -35,6 +38,9 @@ class Plain:
     options: ClassVar[dict[str, Any]] = {}
     # Of our classes, with which the step does what others leave to the loop.
     ours: ClassVar[dict[str, Any]] = {}
+    # float32: parameter, gradient, two states, and as much as foreach takes for a moment.
+    bytes_per_element: ClassVar[int] = 24
+    shared_bytes_per_element: ClassVar[int] = 0  # by all contenders
 
     def __init__(
         self, shapes: list[tuple[int, ...]], make: Make, dtype: torch.dtype, device: str
@@ -204,6 +210,54 @@ class Backward(Plain):
         return [self.make([param], self.ours) for param in self.params]
 
 
+class Sharded(Plain):
+    """DTensors, as FSDP2's parameters are, on a mesh of one process; on a CPU that is what FSDP2's
+    CPUOffloadPolicy leaves to the step. All contenders step on the same, or large models had no
+    room."""
+
+    bytes_per_element: ClassVar[int] = 16
+    shared_bytes_per_element: ClassVar[int] = 8
+    beside: ClassVar[weakref.WeakSet[Sharded]] = weakref.WeakSet()
+
+    def __init__(self, shapes: Any, make: Make, dtype: torch.dtype, device: str) -> None:
+        other = next((s for s in Sharded.beside if s.is_of(shapes, dtype, device)), None)
+        if other is not None:
+            self.params, self.grads = other.params, other.grads
+        else:
+            self.params = [Parameter(_sharded(torch.randn(s, dtype=dtype), device)) for s in shapes]
+            self.grads = [p.detach().clone() for p in self.params]
+        self.make = make
+        self.optimizers = self.make_optimizers()
+        Sharded.beside.add(self)
+
+    def is_of(self, shapes: Any, dtype: torch.dtype, device: str) -> bool:
+        mine = [(tuple(p.shape), p.dtype, p.device.type) for p in self.params]
+        return mine == [(tuple(shape), dtype, device) for shape in shapes]
+
+
+def _sharded(whole: Tensor, device: str) -> Tensor:
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(device, (1,))
+    return DTensor.from_local(whole.to(device), mesh, [Shard(0)], run_check=False)
+
+
+class HalfGradients(Plain):
+    """float32 parameters whose gradients come in bfloat16: ours reads them as they are, for all
+    others they are converted."""
+
+    def __init__(self, shapes: Any, make: Make, dtype: torch.dtype, device: str) -> None:
+        super().__init__(shapes, make, dtype, device)
+        self.grads = [grad.bfloat16() for grad in self.grads]
+        for param in self.params:
+            param.grad_dtype = None  # any
+
+    def turn(self) -> None:
+        if not self.is_ours:
+            self.give([g.to(p.dtype) for p, g in zip(self.params, self.grads, strict=True)])
+        super().turn()
+
+
 class Graph(Plain):
     """Replay of a CUDA graph of the step."""
 
@@ -238,5 +292,7 @@ SITUATIONS: dict[str, type[Plain]] = {
     "fresh": Fresh,
     "first": First,
     "backward": Backward,
+    "sharded": Sharded,
+    "bfloat16 gradients": HalfGradients,
     "graph": Graph,
 }

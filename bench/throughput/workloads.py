@@ -50,6 +50,21 @@ def resnet50() -> nn.Module:
 
 
 @on_meta
+def qwen_half_b() -> nn.Module:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+@on_meta
 def gpt2_xl() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -123,6 +138,7 @@ WORKLOADS = {
     "8x4M": Workload("8 x 4 M", lambda: [(1 << 22,)] * 8),
     "one-big": Workload("one of 34 M", lambda: [(1 << 25,)]),
     "bert-base": Workload("BERT-base", lambda: full(bert_base)),
+    "qwen-0.5b": Workload("Qwen2.5-0.5B", lambda: full(qwen_half_b)),
     "llama-1b": Workload("Llama-3.2-1B", lambda: full(llama_1b)),
     "gpt2-xl": Workload("GPT-2 XL", lambda: full(gpt2_xl)),
 }

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 import cases
 from throughput import measure, memory, rivals, situations
@@ -66,7 +68,7 @@ def test_a_contender_that_cannot_run_is_skipped_with_its_reason(monkeypatch, mak
 
 
 def test_contenders_that_do_not_fit_together_step_in_groups(monkeypatch):
-    room_for_two = 2.5 * measure.BYTES_PER_ELEMENT * 31
+    room_for_two = 2.5 * situations.Plain.bytes_per_element * 31
     monkeypatch.setattr(measure.machine, "free_bytes", lambda device: room_for_two)
     names = ["fastopt", "torch fused", "torch foreach", "torch loop"]
     rows = measured(tiny(), *names)
@@ -80,6 +82,14 @@ def test_what_does_not_fit_says_so(monkeypatch):
     assert row["skipped"].startswith(measure.TOO_LARGE)
 
 
+@pytest.fixture
+def _no_process_group_stays():
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_no_process_group_stays")
 @pytest.mark.parametrize("name", [name for name in situations.SITUATIONS if name != "graph"])
 def test_every_situation_steps(name):
     """Each turn moves every parameter, whatever surrounds it; or all that there is, gradients."""
@@ -91,7 +101,7 @@ def test_every_situation_steps(name):
         clock.turn()
         moved = params if name != "clip alone" else [param.grad for param in params]
         for old, new in zip(before[name == "clip alone" :: 2], moved, strict=True):
-            assert (old != new).all()
+            assert (old != new.detach()).all()
 
 
 def test_fresh_gradients_lie_elsewhere_each_time():
@@ -101,6 +111,14 @@ def test_fresh_gradients_lie_elsewhere_each_time():
     situation.before()
     after = [param.grad.data_ptr() for param in situation.params]
     assert not set(before) & set(after)
+
+
+@pytest.mark.usefixtures("_no_process_group_stays")
+def test_sharded_parameters_are_those_of_all_contenders():
+    ours, theirs = (tiny("sharded").clock(name).situation for name in ("fastopt", "torch fused"))
+    assert all(isinstance(param, DTensor) for param in ours.params)
+    assert ours.params is theirs.params
+    assert tiny("sharded").clock("fastopt").situation.params is ours.params
 
 
 def test_shared_and_nested_states_are_counted_once():

@@ -85,7 +85,7 @@ def test_every_part_asks_for_what_the_programs_know(plan):
     parts = {"bench": run.bench_parts, "gpu": run.gpu_parts}[plan](args)
     commands = [part.command[2:] for part in parts if part.command[1].endswith("step.py")]
     chosen = [step.parse_options(command) for command in commands]
-    csvs = {"bench": {"step", "around", "bytes", "optimizers"}, "gpu": {"step", "around"}}[plan]
+    csvs = {"step", "around", "sharded"} | ({"bytes", "optimizers"} if plan == "bench" else set())
     names = {run.machine.RESULTS / f"{csv}-{args.device}.csv" for csv in csvs}
     assert {options.csv for options in chosen} == names
     assert {name for options in chosen for name in options.workload} == set(WORKLOADS)

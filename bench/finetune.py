@@ -8,6 +8,7 @@ optimizer, 2 to 4 minutes on two cores.
     python bench/finetune.py
     python bench/finetune.py --model FOLDER_OR_NAME --dataset texts.csv --steps 200
     python bench/finetune.py --optimizer fastopt.SGD:momentum=0.9 --lr 0.05
+    torchrun --nproc-per-node=2 bench/finetune.py TASK --shard fsdp2
     python bench/finetune.py TASK --help
 
 OUT receives report.json, table.txt, losses.png, the trained model/, and checkpoints/, from which

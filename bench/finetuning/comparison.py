@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import math
 import platform
@@ -21,6 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import machine
 
+from . import sharding
 from .callbacks import Clock, EndBlock, converged, step_losses
 from .setup import Setup, require_finite
 from .tasks import InputError
@@ -141,14 +143,20 @@ class Comparison:
             if setup.options.tuning == "adalora":
                 # After the clock: its arithmetic is not the optimizer's.
                 callbacks.append(AllocateRanks(model, checkpoint))
-            trainer = setup.trainer(
+            way = setup.options.shard
+            make = functools.partial(
+                setup.trainer,
                 model,
                 contender.name,
-                setup.arguments(setup.checkpoints / role, report_to=setup.options.report_to),
+                setup.arguments(
+                    setup.checkpoints / role,
+                    report_to=setup.options.report_to,
+                    **sharding.arguments(way),
+                ),
                 optimizer_cls_and_kwargs=setup.optimizer(contender, model),
                 callbacks=callbacks,
             )
-            with self._reporting(role):
+            with self._reporting(role), sharding.sharing(way, make) as trainer:
                 trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
             setup.processes.wait_for_everyone()
             state = trainer.state

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastopt.options import DEFAULTS as OUR_OPTIONS
+
 from .tasks import InputError
 
 
@@ -42,8 +44,8 @@ def contenders(optimizer: str, against: str | None) -> dict[str, Contender]:
     cls = getattr(torch.optim, ours.cls.__name__, None)
     if cls is None:
         raise InputError(f"torch.optim has no {ours.cls.__name__}: name its rival with --against")
-    # fused=True is Trainer's own choice since torch 2.8. backend= is fastopt's keyword.
-    kwargs = {key: value for key, value in ours.kwargs.items() if key != "backend"}
+    # fused=True is Trainer's own choice since torch 2.8.
+    kwargs = {key: value for key, value in ours.kwargs.items() if key not in OUR_OPTIONS}
     stock = Contender(f"torch.optim.{cls.__name__}", cls, kwargs | {"fused": True})
     return {"against": stock, "optimizer": ours}
 

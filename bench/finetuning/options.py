@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .sharding import WAYS
 from .tasks import TASKS, Task, find
 from .tasks.fetch import default_cache
 from .tasks.options import number
@@ -101,6 +102,12 @@ def add_training(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="%(default)s"
+    )
+    group.add_argument(
+        "--shard",
+        choices=WAYS,
+        default=WAYS[0],
+        help="how torchrun's processes share the model; %(default)s",
     )
     group.add_argument(
         "--early-stop",

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import get_parameter_names
 
+from . import sharding
 from .callbacks import Progress
 from .contenders import Contender, contenders
 from .earlier import continued, with_replay
@@ -35,6 +36,7 @@ class Setup:
         self.options = options
         self.started = time.time_ns()
         self.processes = PartialState(cpu=not torch.accelerator.is_available())
+        sharding.require_processes(options.shard, self.processes.num_processes)
         self.contenders = contenders(options.optimizer, options.against)
         with self.processes.main_process_first():  # fetches what the others then find
             self.earlier: Task | None = None
@@ -77,6 +79,7 @@ class Setup:
             "gradient_accumulation_steps": options.gradient_accumulation_steps,
             "max_grad_norm": options.max_grad_norm,
             "processes": self.processes.num_processes,
+            "shard": options.shard,
             "precision": options.precision,
             "lr": self.lr,
             "head_lr": self.head_lr,

@@ -257,12 +257,13 @@ def test_trained_model_is_left_for_from_pretrained(tuning, arguments, tmp_path):
     assert again_figures["loss"] == pytest.approx(figures["loss"], rel=1e-4)
 
 
-def test_two_processes_compare_alike(arguments, tmp_path):
+@pytest.mark.parametrize("way", ["ddp", "fsdp2-offload"])
+def test_two_processes_compare_alike(way, arguments, tmp_path):
     assert finetune.main([*arguments, "--batch-size", "8"]) == 0
     alone = report_in(tmp_path)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*torchrun, BENCH / "finetune.py", *arguments, "--batch-size", "4"],
+        [*torchrun, BENCH / "finetune.py", *arguments, "--batch-size", "4", "--shard", way],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -272,6 +273,8 @@ def test_two_processes_compare_alike(arguments, tmp_path):
     assert done.stdout.count("trivial baseline") == 1  # one process speaks
     report = report_in(tmp_path)
     assert report["processes"] == 2
+    last = tmp_path / "out" / "checkpoints" / "optimizer" / f"checkpoint-{STEPS}"
+    assert (last / "pytorch_model_fsdp.bin").exists() == (way != "ddp")
     assert report["parity"]["max_loss_diff"] < 1e-4
     starts = [each["runs"][1]["metrics"]["start"] for each in (report, alone)]
     # A last batch that does not fill both processes is filled with repeated examples.
@@ -379,6 +382,7 @@ def test_unusable_dataset_is_refused_before_training(
         (["--optimizer", "fastopt.AdamW:lr=1"], "give --lr"),
         (["--against", "torch.optim.AdamW:weight_decay=1"], "give --weight-decay"),
         (["--optimizer", "fastopt.AdamW:backend='abacus'"], "abacus"),
+        (["--shard", "fsdp2"], "torchrun"),
         (["--model", "no/such/model/here"], "--model no/such/model/here cannot be loaded"),
     ],
 )
@@ -398,9 +402,10 @@ def test_number_out_of_range_is_a_usage_error(option, arguments):
 
 
 def test_options_reach_the_optimizers():
-    stock, ours = contenders.contenders("fastopt.SGD:momentum=0.9,backend='cpu'", None).values()
+    ours = "fastopt.SGD:momentum=0.9,backend='cpu',states='8bit'"
+    stock, ours = contenders.contenders(ours, None).values()
     assert stock.name == "torch.optim.SGD(momentum=0.9, fused=True)"
-    assert ours.name == "fastopt.SGD(momentum=0.9, backend='cpu')"
+    assert ours.name == "fastopt.SGD(momentum=0.9, backend='cpu', states='8bit')"
     loop = contenders.parse_optimizer("torch.optim.AdamW:fused=False,betas=(0.8, 0.9)")
     assert loop.kwargs == {"fused": False, "betas": (0.8, 0.9)}
 

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "reading.h"
-#include "running.h"
+#include "runner.h"
 
 namespace fastopt {
 

@@ -5,6 +5,7 @@
 #include "clip.h"
 #include "cpu/apply.h"
 #include "cuda/device.h"
+#include "keeping.h"
 #include "reading.h"
 #include "step.h"
 #include "torch.h"

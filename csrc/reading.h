@@ -1,5 +1,5 @@
-// Reading Python: what a native call finds in the objects it is given, and which backend is to step
-// on a device. Memory is read as DLPack tensors; nothing is kept from call to call.
+// Reading Python: what a native call finds in the objects it is given. Memory is read as DLPack
+// tensors; nothing is kept from call to call.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,19 +9,11 @@
 #include <string>
 #include <vector>
 
-#include "cuda/device.h"
+#include "devices.h"
 #include "table.h"
 #include "torch.h"
 
 namespace fastopt {
-
-// What the core leaves to Python: fastopt/tensors.py, fastopt/clip.py, the Triton backend's
-// package.
-py::object helper(const char* module, const char* name);
-
-inline bool same(DLDevice a, DLDevice b) {
-  return a.device_type == b.device_type && a.device_id == b.device_id;
-}
 
 // The memory of a tensor that fastopt/tensors.py has made: contiguous, and plain.
 template <class T>
@@ -30,71 +22,6 @@ T* memory_of(py::handle tensor) {
   if (!torch().read(tensor, &read)) throw std::invalid_argument("a tensor has no memory");
   return reinterpret_cast<T*>(static_cast<char*>(read.data) + read.byte_offset);
 }
-
-enum class Backend { kCpu, kCuda, kTriton };
-
-// The devices that a step has met, each with the backend that steps its tensors: the one asked for
-// by name, else the first that can.
-class Devices {
- public:
-  explicit Devices(const std::optional<std::string>& backend) : name_(backend) {}
-
-  // To be called with a tensor of each device first. Throws NotOurs where no backend can step it.
-  void meet(DLDevice device, py::handle tensor) {
-    for (const Known& known : known_) {
-      if (same(known.device, device)) return;
-    }
-    known_.push_back({device, tensor, choose(device, tensor)});
-  }
-
-  Backend backend_of(DLDevice device) const { return find(device).backend; }
-  // DLPack's names are not torch's: a tensor is asked.
-  py::object torch_device(DLDevice device) const { return find(device).tensor.attr("device"); }
-
- private:
-  struct Known {
-    DLDevice device;
-    py::handle tensor;
-    Backend backend;
-  };
-  struct Candidate {
-    const char* name;
-    Backend backend;
-    std::string (*why_not)(DLDevice, py::handle tensor);
-  };
-  static constexpr Candidate kCandidates[] = {
-      {"cpu", Backend::kCpu,
-       [](DLDevice device, py::handle) -> std::string {
-         return device.device_type == kDLCPU ? "" : "it takes CPU tensors only";
-       }},
-      {"cuda", Backend::kCuda, [](DLDevice device, py::handle) { return cuda::why_not(device); }},
-      {"triton", Backend::kTriton,
-       [](DLDevice, py::handle tensor) {
-         const py::object reason = helper("fastopt.triton", "why_not")(tensor.attr("device"));
-         return reason.is_none() ? std::string() : text(reason);
-       }},
-  };
-
-  const Known& find(DLDevice device) const {
-    return *std::find_if(known_.begin(), known_.end(),
-                         [&](const Known& known) { return same(known.device, device); });
-  }
-
-  Backend choose(DLDevice device, py::handle tensor) const {
-    std::string reasons;
-    for (const Candidate& candidate : kCandidates) {
-      if (name_ && *name_ != candidate.name) continue;
-      const std::string reason = candidate.why_not(device, tensor);
-      if (reason.empty()) return candidate.backend;
-      reasons += (reasons.empty() ? "" : "; ") + std::string(candidate.name) + ": " + reason;
-    }
-    throw NotOurs{"no fastopt backend for parameters on " + text(tensor.attr("device")) + " (" +
-                  reasons + ")"};
-  }
-
-  std::optional<std::string> name_;
-  std::vector<Known> known_;
-};
 
 // Reads tensors as memory.
 class Reader {
@@ -149,6 +76,42 @@ PyObject* grad_of(PyObject* param);
 
 // A tuple of an iterable's items: theirs to keep while other code may change what they came from.
 py::tuple items_of(py::handle iterable);
+
+// A mapping to look things up in: Python's own, which has no methods of its own, directly.
+class Mapping {
+ public:
+  explicit Mapping(py::object object) : object_(std::move(object)) {
+    static PyObject* const default_dict =
+        PyObject_GetAttrString(py::module_::import("collections").ptr(), "defaultdict");
+    const auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(object_.ptr()));
+    is_dict_ = PyDict_CheckExact(object_.ptr()) || type == default_dict;
+  }
+
+  // What the key leads to, or null.
+  py::object find(py::handle key) const {
+    if (!is_dict_) return object_.contains(key) ? object_[key] : py::object();
+    return checked(PyDict_GetItemWithError(object_.ptr(), key.ptr()));
+  }
+
+  // The same for a tensor, which torch hashes by its address, but through a Python call.
+  py::object find_tensor(py::handle tensor) const {
+    const auto hash = static_cast<Py_hash_t>(reinterpret_cast<uintptr_t>(tensor.ptr()));
+    static const bool hashed_by_address = py::hash(tensor) == hash;
+    if (!is_dict_ || !torch().is_plain(tensor.ptr()) || !hashed_by_address) return find(tensor);
+    return checked(_PyDict_GetItem_KnownHash(object_.ptr(), tensor.ptr(), hash));
+  }
+
+  void set(py::handle key, py::object value) { object_[key] = std::move(value); }
+
+ private:
+  static py::object checked(PyObject* found) {
+    if (!found && PyErr_Occurred()) throw py::error_already_set();
+    return py::reinterpret_borrow<py::object>(found);
+  }
+
+  py::object object_;
+  bool is_dict_;
+};
 
 // A number, or the tensor that holds it.
 struct Value {

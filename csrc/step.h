@@ -1,11 +1,10 @@
-// One step of an optimizer, and how it keeps its states.
+// One step of an optimizer.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "torch.h"
 
@@ -20,10 +19,5 @@ std::optional<std::string> step(const std::string& rule, const py::object& param
                                 const std::optional<std::string>& states,
                                 const std::optional<std::string>& weights,
                                 const py::function& launch_triton, const py::object& passes);
-
-// How states of a parameter are kept under these keys; "" where they are as torch has them.
-std::vector<std::string> formats(const std::string& rule, const std::optional<std::string>& states,
-                                 const std::optional<std::string>& weights, py::handle param,
-                                 const std::vector<std::string>& keys);
 
 }  // namespace fastopt

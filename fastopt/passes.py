@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Passes:
-    """The options of an optimizer, which csrc/step.cpp reads, and what it notes down.
+    """The options of an optimizer, which csrc/options.cpp reads, and what it notes down.
 
     Args:
         max_grad_norm, skip_nonfinite, average: see fastopt.options.Options.

@@ -1,4 +1,4 @@
-#include "running.h"
+#include "runner.h"
 
 #include <cmath>
 

@@ -17,10 +17,10 @@ from torch._compile import _disable_dynamo
 from torch.autograd import _profiler_enabled, profiler  # type: ignore[attr-defined]
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fastopt import _C, triton
+from fastopt import _C, checkpoints, triton
 from fastopt.options import DEFAULTS, Backend, Options, States, Weights
 from fastopt.passes import Passes, check_norm, lent, passes_of
-from fastopt.tensors import decoded, formats, is_packed, is_wider, recast, unscale
+from fastopt.tensors import unscale
 
 # What the method is called in torch 2.10, then since.
 _GRAPH_CAPTURE_CHECK = (
@@ -405,97 +405,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         8-bit states are in it as bfloat16, of which each is one exactly: on the CPU, where
         they take nothing of an accelerator's memory, but DTensors on their mesh.
         """
-        # Before the users' hooks: they see what is saved and may make anything of it.
-        handles = [
-            self.register_state_dict_post_hook(hook, prepend=True)
-            for hook in (_counts_to_cpu, _decode_states)
-        ]
-        try:
+        with checkpoints.saving(self):
             return super().state_dict()
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, except that float32 states of 16-bit parameters stay float32, and numbers
         beside the step count, such as NAdam's ``mu_product``, what they are; and that states are
         then kept as ``states=`` and ``weights=`` say, whatever they come as."""
-        loaded: dict[str, Any] = {}
-        counts = _C.counts[self._rule]
-
-        def note(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any] | None:
-            loaded.update(final)
-            if not self._keeping:
-                return None
-            # torch would bring all to the parameters' device and dtype before we narrow the first.
-            state = {
-                i: {key: v for key, v in kept.items() if not _like_param(key, v, counts)}
-                if isinstance(kept, dict)
-                else kept
-                for i, kept in final["state"].items()
-            }
-            return {**final, "state": state}
-
-        def restore(_: torch.optim.Optimizer) -> None:
-            params = [p for group in self.param_groups for p in group["params"]]
-            ids = [i for group in loaded["param_groups"] for i in group["params"]]
-            for i, p in zip(ids, params, strict=True):
-                kept = loaded["state"].get(i, {})
-                own = {key: v for key, v in kept.items() if _like_param(key, v, counts)}
-                if self._keeping and own:
-                    names = formats(self, p, list(own))
-                    for (key, value), name in zip(own.items(), names, strict=True):
-                        self.state[p][key] = recast(value, p, name)
-                for key, value in kept.items():
-                    if isinstance(value, Tensor) and (
-                        key in counts[1:]  # of the step count torch itself keeps the dtype
-                        or (not self._keeping and is_wider(value.dtype, p.dtype))
-                    ):
-                        self.state[p][key] = value.to(p.device)
-
-        # torch runs users' hooks before and after; the dict to look at is the one they left.
-        handles = (
-            self.register_load_state_dict_pre_hook(note),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        )
-        try:
+        with checkpoints.loading(self):
             super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _like_param(key: str, value: Any, counts: list[str]) -> bool:
-    """Whether something kept of a parameter is a tensor of its shape."""
-    return isinstance(value, Tensor) and key not in (*counts, "step")
-
-
-def _decode_states(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    states = state_dict["state"]
-    groups = zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
-    for own, saved in groups:
-        for p, i in zip(own["params"], saved["params"], strict=True):
-            packed = {key: v for key, v in states.get(i, {}).items() if is_packed(v)}
-            if packed:
-                names = formats(optimizer, p, list(states[i]))
-                of_key = dict(zip(states[i], names, strict=True))
-                states[i] = states[i] | {
-                    key: decoded(value, p, of_key[key]) for key, value in packed.items()
-                }
-
-
-def _counts_to_cpu(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    states = state_dict["state"]
-    away: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for group in state_dict["param_groups"]:
-        if group.get("fused") or group.get("capturable"):
-            continue
-        for i in group["params"]:
-            step = states.get(i, {}).get("step")
-            if isinstance(step, Tensor) and not step.is_cpu:
-                away.setdefault((step.device, step.dtype), []).append(i)
-    for places in away.values():
-        steps = [states[i]["step"] for i in places]
-        values = torch.stack([step.view(()) for step in steps]).cpu()  # one wait a device
-        for i, step, value in zip(places, steps, values.unbind(), strict=True):
-            states[i] = {**states[i], "step": value.view(step.shape)}

@@ -8,6 +8,27 @@ py::object helper(const char* module, const char* name) {
   return py::module_::import(module).attr(name);
 }
 
+py::object Reader::shard_like(py::handle param, py::handle tensor) {
+  if (!dtensor_) {
+    const py::dict modules = py::module_::import("sys").attr("modules");
+    const char* const name = "torch.distributed.tensor";
+    dtensor_ = modules.contains(name) ? modules[name].attr("DTensor") : py::object();
+  }
+  const py::handle type = *dtensor_;
+  if (!type || !py::type::handle_of(tensor).is(type) || !py::type::handle_of(param).is(type)) {
+    return {};
+  }
+  if (!tensor.is(param)) {
+    const py::object spec = tensor.attr("_spec"), own = param.attr("_spec");
+    if (!spec.attr("mesh").is(own.attr("mesh")) ||
+        !spec.attr("placements").equal(own.attr("placements"))) {
+      return {};
+    }
+  }
+  py::object shard = tensor.attr("_local_tensor");
+  return torch_.is_plain(shard.ptr()) ? shard : py::object();
+}
+
 PyObject* grad_of(PyObject* param) {
   static PyObject* const name = PyUnicode_InternFromString("grad");
   static PyObject* const property =

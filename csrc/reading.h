@@ -30,30 +30,20 @@ class Reader {
   // use, or none like the parameter's; std::invalid_argument, which calls it `name`, when it has
   // been freed.
   py::handle read(py::handle param, py::handle tensor, const char* name, DLTensor* out) {
-    if (!torch_.is_plain(tensor.ptr())) {
+    py::handle memory = own_memory(param, tensor);
+    if (!memory) {
       keep(helper("fastopt.tensors", "memory")(param, tensor));
-      tensor = kept_.back();
-      if (py::isinstance<py::str>(tensor)) throw NotOurs{text(tensor)};
+      memory = kept_.back();
+      if (py::isinstance<py::str>(memory)) throw NotOurs{text(memory)};
     }
-    if (!torch_.read(tensor, out)) {
-      throw NotOurs{"a tensor has layout " + text(tensor.attr("layout")) + " on device " +
-                    text(tensor.attr("device"))};
-    }
-    // Asked of the storage: a view into a freed one lies at its offset from null.
-    if (torch_.is_freed(tensor) && numel_of(*out) != 0) {
-      throw std::invalid_argument(
-          std::string(name) +
-          " has elements but no memory: its storage has been freed, as FSDP does between uses; "
-          "gather it before the step, or set the parameter's grad to None");
-    }
-    return tensor;
+    return read(memory, name, out);
   }
 
   // Of the gradient's own memory, or else of a copy that goes with the parameter; returns whether.
   bool read_grad(py::handle param, py::handle grad, const DLTensor& param_memory, DLTensor* out) {
-    if (torch_.is_plain(grad.ptr())) {
-      read(param, grad, "grad", out);
-      if (!torch_.is_lazy(grad) && in_double(*out) == in_double(param_memory)) return false;
+    if (const py::handle memory = own_memory(param, grad)) {
+      read(memory, "grad", out);
+      if (!torch_.is_lazy(memory) && in_double(*out) == in_double(param_memory)) return false;
     }
     const py::object found = helper("fastopt.tensors", "gradient")(param, grad);
     if (py::isinstance<py::str>(found)) throw NotOurs{text(found)};
@@ -67,7 +57,36 @@ class Reader {
   void keep(py::object object) { kept_.push_back(std::move(object)); }
 
  private:
+  // The tensor whose memory it is: itself, or a DTensor's shard; null where Python is to find out.
+  py::handle own_memory(py::handle param, py::handle tensor) {
+    if (torch_.is_plain(tensor.ptr())) return tensor;
+    py::object shard = shard_like(param, tensor);
+    if (!shard) return {};
+    keep(std::move(shard));
+    return kept_.back();
+  }
+
+  // A DTensor's plain shard, where it is laid out as the parameter's; else null. For each of a
+  // thousand tensors Python would take four times as long as all the rest.
+  py::object shard_like(py::handle param, py::handle tensor);
+
+  py::handle read(py::handle memory, const char* name, DLTensor* out) const {
+    if (!torch_.read(memory, out)) {
+      throw NotOurs{"a tensor has layout " + text(memory.attr("layout")) + " on device " +
+                    text(memory.attr("device"))};
+    }
+    // Asked of the storage: a view into a freed one lies at its offset from null.
+    if (torch_.is_freed(memory) && numel_of(*out) != 0) {
+      throw std::invalid_argument(
+          std::string(name) +
+          " has elements but no memory: its storage has been freed, as FSDP does between uses; "
+          "gather it before the step, or set the parameter's grad to None");
+    }
+    return memory;
+  }
+
   const Torch& torch_ = torch();
+  std::optional<py::object> dtensor_;  // torch's class, or null where nothing has loaded it
   std::vector<py::object> kept_;
 };
 

@@ -1,13 +1,15 @@
 """Fine-tune one pretrained model twice, each time with another optimizer, and compare.
 
 Both runs start from the same weights and go through the same Hugging Face `Trainer` with the same
-seed: same batches in the same order, same dropout. What differs is the optimizer. The default,
-`topics`, trains MiniLM-L6 (22.7 M parameters) on BBC News: 70 steps of 16 texts for each
-optimizer, 2 to 4 minutes on two cores.
+seed: same batches in the same order, same dropout. What differs is the optimizer, and if you say
+so the precision. The default, `topics`, trains MiniLM-L6 (22.7 M parameters) on BBC News: 70 steps
+of 16 texts for each optimizer, 2 to 4 minutes on two cores.
 
     python bench/finetune.py
     python bench/finetune.py --model FOLDER_OR_NAME --dataset texts.csv --steps 200
     python bench/finetune.py --optimizer fastopt.SGD:momentum=0.9 --lr 0.05
+    python bench/finetune.py --precision bf16-true --against-precision fp32 \\
+        --optimizer 'fastopt.AdamW:states="8bit",weights="split"'
     torchrun --nproc-per-node=2 bench/finetune.py TASK --shard fsdp2
     python bench/finetune.py TASK --help
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerState
 
+from throughput.memory import state_bytes, tensors_in
+
 # The loss has converged once its mean over a window of steps is less than this below the mean
 # over the window before.
 CONVERGED = 0.01
@@ -56,6 +58,8 @@ def now() -> float:
 class EndBlock(TrainerCallback):
     """Ends a block of steps with a checkpoint: at step `stop`, or once the loss has converged.
 
+    The last step's log entry says, too, what is kept and moved for each parameter.
+
     Args:
         window: of `converged`, in steps; None to go on until `stop`.
     """
@@ -64,10 +68,22 @@ class EndBlock(TrainerCallback):
         self.stop = stop
         self.window = window
 
-    def on_log(self, args, state, control, logs, **kwargs):
+    def on_log(self, args, state, control, logs, optimizer=None, **kwargs):
         done = state.global_step == self.stop or converged(step_losses(state), self.window)
         if "loss" in logs and done:
+            state.log_history[-1] |= bytes_per_parameter(optimizer)
             control.should_save = control.should_training_stop = True
+
+
+def bytes_per_parameter(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Of the trained parameters with gradients and states: kept, and moved by a step at least."""
+    # Of DTensors, what this process has.
+    params = list(tensors_in([group["params"] for group in optimizer.param_groups]))
+    # A gradient is as large as its parameter, and gone by now; a step only reads it.
+    gradients = sum(p.nbytes for p in params)
+    kept = 2 * gradients + state_bytes([optimizer])
+    count = sum(p.numel() for p in params)
+    return {"kept_bytes": kept / count, "moved_bytes": (2 * kept - gradients) / count}
 
 
 def step_losses(state: TrainerState) -> list[float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import json
 import math
@@ -24,6 +23,7 @@ import machine
 
 from . import sharding
 from .callbacks import Clock, EndBlock, converged, step_losses
+from .contenders import Contender
 from .setup import Setup, require_finite
 from .tasks import InputError
 from .tuning import AllocateRanks, merged, restore
@@ -63,23 +63,35 @@ class Comparison:
     def run(self) -> dict[str, Any]:
         """Train both, keep the second's model in OUT/model, and return the report."""
         setup = self.setup
-        start = self._judged(setup.model)
+        start = {  # of both contenders, unless they train in one precision
+            contender.precision: self._judged(setup.copy_for(contender), contender)
+            for contender in {each.precision: each for each in setup.contenders.values()}.values()
+        }
         self._train_both()
-        finished = [self.finished(role) for role in setup.contenders]
-        models = [model for model, _ in finished]
-        runs = []
-        for contender, (model, history) in zip(setup.contenders.values(), finished, strict=True):
-            end = self._judged(model)
+        models, runs = [], []
+        for role, contender in setup.contenders.items():
+            model, history = self.finished(role)
+            before, after = start[contender.precision], self._judged(model, contender)
+            models.append(model)
             runs.append(
                 {
                     "optimizer": contender.name,
+                    "precision": contender.precision,
                     "losses": [entry["loss"] for entry in history],
-                    **{data: {"start": start[data], "end": end[data]} for data in start},
+                    **{data: {"start": before[data], "end": after[data]} for data in before},
                     "train_step_ms": spread([entry["train_step_ms"] for entry in history]),
                     "optimizer_step_ms": spread([entry["optimizer_step_ms"] for entry in history]),
+                    "kept_bytes": history[-1]["kept_bytes"],
+                    "moved_bytes": history[-1]["moved_bytes"],
                 }
             )
-        report = {
+        report = self._report(runs, models)
+        self._save_model(models[1])
+        return report
+
+    def _report(self, runs: list[dict[str, Any]], models: list[nn.Module]) -> dict[str, Any]:
+        setup = self.setup
+        return {
             **setup.settings(),
             "parameters": sizes(setup.model),
             "device": machine.device_name(next(setup.model.parameters()).device.type),
@@ -96,15 +108,13 @@ class Comparison:
                 "max_param_change": max_param_diff(setup.model, models[0]),
             },
         }
-        self._save_model(models[1])
-        return report
 
-    def _judged(self, model: nn.Module) -> dict[str, dict[str, Any]]:
+    def _judged(self, model: nn.Module, contender: Contender) -> dict[str, dict[str, Any]]:
         """Held-out figures; where an earlier run is continued, those on its data, too."""
         setup = self.setup
-        figures = {"metrics": setup.evaluate(model, setup.task)}
+        figures = {"metrics": setup.evaluate(model, setup.task, contender)}
         if setup.earlier is not None:
-            figures["earlier_data"] = setup.evaluate(model, setup.earlier)
+            figures["earlier_data"] = setup.evaluate(model, setup.earlier, contender)
         return figures
 
     def _save_model(self, model: nn.Module) -> None:
@@ -138,7 +148,7 @@ class Comparison:
         checkpoint, state = self._last_checkpoint(role)
         if state.global_step < stop and not converged(step_losses(state), window):
             contender = setup.contenders[role]
-            model = copy.deepcopy(setup.model)
+            model = setup.copy_for(contender)
             callbacks = [Clock(), EndBlock(stop, window)]
             if setup.options.tuning == "adalora":
                 # After the clock: its arithmetic is not the optimizer's.
@@ -150,6 +160,7 @@ class Comparison:
                 contender.name,
                 setup.arguments(
                     setup.checkpoints / role,
+                    contender,
                     report_to=setup.options.report_to,
                     **sharding.arguments(way),
                 ),
@@ -189,7 +200,7 @@ class Comparison:
         history = [entry for entry in state.log_history if "loss" in entry]
         for step, entry in enumerate(history, start=1):
             require_finite(entry["loss"], f"{self.setup.contenders[role].name}, step {step}")
-        model = copy.deepcopy(self.setup.model)
+        model = self.setup.copy_for(self.setup.contenders[role])
         restore(model, checkpoint)
         return model, history
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,10 +37,10 @@ def range_test(setup: Setup, least: float = 1e-7, most: float = 1.0) -> dict[str
     rates = np.geomspace(least, most, setup.steps).tolist()
     contender = setup.contenders["optimizer"]
     arguments = setup.arguments(
-        setup.checkpoints / "range", report_to="none", lr_scheduler_type="constant"
+        setup.checkpoints / "range", contender, report_to="none", lr_scheduler_type="constant"
     )
     trainer = setup.trainer(
-        copy.deepcopy(setup.model),
+        setup.copy_for(contender),
         f"{contender.name}, growing lr",
         arguments,
         optimizer_cls_and_kwargs=(contender.cls, {"lr": least, **contender.kwargs}),

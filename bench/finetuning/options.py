@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .contenders import PRECISIONS
 from .sharding import WAYS
 from .tasks import TASKS, Task, find
 from .tasks.fetch import default_cache
@@ -14,6 +15,7 @@ from .tasks.options import number
 from .tuning import METHODS
 
 OWN = "default: the task's own"
+NARROW = 'fastopt.AdamW:states="8bit",weights="split"'
 
 
 def parse_options(argv: Sequence[str] | None, description: str | None = None) -> argparse.Namespace:
@@ -70,6 +72,17 @@ def add_optimizers(group: argparse._ArgumentGroup) -> None:
         help="CLASS[:KEY=VALUE,...]; default: torch.optim's class of the same name, fused=True, "
         "as Trainer uses it",
     )
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=PRECISIONS[0],
+        help="bf16 and fp16 compute in 16 bits and keep parameters in float32; bf16-true keeps "
+        "parameters and gradients in bfloat16, too, which loses small updates but with a weights= "
+        f"such as --optimizer '{NARROW}'; %(default)s",
+    )
+    group.add_argument(
+        "--against-precision", choices=PRECISIONS, help="of --against; default: the same"
+    )
     group.add_argument("--lr", type=number(float, 0), help=OWN)
     group.add_argument(
         "--head-lr", type=number(float, 0), help=f"of the new head, where it has its own; {OWN}"
@@ -99,9 +112,6 @@ def add_training(group: argparse._ArgumentGroup) -> None:
         default=1,
         metavar="N",
         help="batches a step; %(default)s",
-    )
-    group.add_argument(
-        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="%(default)s"
     )
     group.add_argument(
         "--shard",

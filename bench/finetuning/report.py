@@ -35,6 +35,7 @@ def column(run: dict[str, Any], headline: str, task: Task) -> list[tuple[str, st
     timing = "{median:.2f} ({p20:.2f} to {p80:.2f})"
     return [
         ("", run["optimizer"]),
+        ("precision", run["precision"]),
         ("training loss, first to last step", f"{losses[0]:.4f} to {losses[-1]:.4f}"),
         ("held-out loss, start to end", f"{start['loss']:.4f} to {end['loss']:.4f}"),
         *task.rows(start, end),
@@ -42,6 +43,8 @@ def column(run: dict[str, Any], headline: str, task: Task) -> list[tuple[str, st
         ("whole step, ms: median (p20 to p80)", timing.format_map(whole)),
         ("optimizer step, ms: median (p20 to p80)", timing.format_map(step)),
         ("  share of the whole step", f"{step['median'] / whole['median']:.1%}"),
+        ("bytes a trained parameter, kept", f"{run['kept_bytes']:.2f}"),
+        ("  moved by a step", f"{run['moved_bytes']:.2f}"),
     ]
 
 
@@ -55,7 +58,7 @@ def head(report: dict[str, Any]) -> list[str]:
         f"{examples['train']} examples to train on, {examples['held_out']} held out for "
         f"{report['held_out_for']}; "
         f"{len(report['runs'][0]['losses'])} steps of {batch(report)}, lr {report['lr']:g}, "
-        f"seed {report['seed']}; {report['precision']} on {report['device']}",
+        f"seed {report['seed']}; on {report['device']}",
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from . import sharding
 from .callbacks import Progress
-from .contenders import Contender, contenders
+from .contenders import WHOLLY_BF16, Contender, contenders
 from .earlier import continued, with_replay
 from .tasks import InputError, Task, TaskError, find
 from .tuning import head_modules, tuned
@@ -37,7 +38,7 @@ class Setup:
         self.started = time.time_ns()
         self.processes = PartialState(cpu=not torch.accelerator.is_available())
         sharding.require_processes(options.shard, self.processes.num_processes)
-        self.contenders = contenders(options.optimizer, options.against)
+        self.contenders = contenders(options)
         with self.processes.main_process_first():  # fetches what the others then find
             self.earlier: Task | None = None
             if options.continue_from is not None:
@@ -55,11 +56,11 @@ class Setup:
         )
         for contender in self.contenders.values():
             contender.require_valid(self.lr)
+            self.arguments(self.out, contender)  # raises what this device cannot do
         set_seed(options.seed)  # of new weights: the head's, an adapter's
         model = self.task.load_model()
         self.head = set(head_modules(model))
         self.model = tuned(model, options.tuning, self.steps, self.task.prompt_type)
-        self.arguments(self.out)  # raises what this device cannot do
 
     def settings(self) -> dict[str, Any]:
         """What a resumed comparison must have in common with the one that left off."""
@@ -80,16 +81,22 @@ class Setup:
             "max_grad_norm": options.max_grad_norm,
             "processes": self.processes.num_processes,
             "shard": options.shard,
-            "precision": options.precision,
             "lr": self.lr,
             "head_lr": self.head_lr,
             "weight_decay": options.weight_decay,
             "seed": options.seed,
             "early_stop": options.early_stop,
-            "optimizers": {role: contender.name for role, contender in self.contenders.items()},
+            "optimizers": {
+                role: f"{contender.name} in {contender.precision}"
+                for role, contender in self.contenders.items()
+            },
         }
 
-    def arguments(self, folder: Path, **kwargs: Any) -> TrainingArguments:
+    def copy_for(self, contender: Contender) -> nn.Module:
+        """The model that training starts from, kept as this one trains it."""
+        return contender.keeping(copy.deepcopy(self.model))
+
+    def arguments(self, folder: Path, contender: Contender, **kwargs: Any) -> TrainingArguments:
         options = self.options
         try:
             return TrainingArguments(
@@ -99,8 +106,8 @@ class Setup:
                 per_device_eval_batch_size=4 * self.batch_size,
                 gradient_accumulation_steps=options.gradient_accumulation_steps,
                 max_grad_norm=options.max_grad_norm,
-                bf16=options.precision == "bf16",
-                fp16=options.precision == "fp16",
+                bf16=contender.precision in ("bf16", WHOLLY_BF16),
+                fp16=contender.precision == "fp16",
                 learning_rate=self.lr,
                 weight_decay=options.weight_decay,
                 seed=options.seed,
@@ -116,7 +123,7 @@ class Setup:
                 **kwargs,
             )
         except (ValueError, ImportError) as error:
-            raise InputError(f"--precision {options.precision}: {error}") from error
+            raise InputError(f"--precision {contender.precision}: {error}") from error
 
     def trainer(
         self, model: nn.Module, title: str, arguments: TrainingArguments, **kwargs: Any
@@ -161,9 +168,9 @@ class Setup:
             for (in_head, decays), parameters in groups.items()
         ]
 
-    def evaluate(self, model: nn.Module, task: Task) -> dict[str, Any]:
-        """The figures of `model` on the held-out examples of `task`."""
-        arguments = self.arguments(self.checkpoints, report_to="none")
+    def evaluate(self, model: nn.Module, task: Task, contender: Contender) -> dict[str, Any]:
+        """The figures of the contender's `model` on the held-out examples of `task`."""
+        arguments = self.arguments(self.checkpoints, contender, report_to="none")
         figures = task.evaluate(self.trainer(model, "held-out", arguments))
         require_finite(figures["loss"], "held-out")
         return figures

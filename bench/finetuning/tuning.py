@@ -6,6 +6,7 @@ one is here.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,19 @@ def _insert_adapters(model: nn.Module) -> None:
 
 def is_peft(model: nn.Module) -> bool:
     return hasattr(model, "peft_config")
+
+
+def to_bfloat16(model: nn.Module) -> nn.Module:
+    """`model` itself, made what `from_pretrained(dtype=torch.bfloat16)` would have made of it.
+
+    What checkpoints do not hold, such as a Llama's rotary frequencies, stays float32, as there.
+    """
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.bfloat16()
+    if is_peft(model):  # which would widen what Trainer has it load of a checkpoint
+        model.load_adapter = functools.partial(model.load_adapter, autocast_adapter_dtype=False)
+    return model
 
 
 def restore(model: nn.Module, checkpoint: Path) -> None:

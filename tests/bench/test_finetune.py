@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 pytest.importorskip("transformers")
 from transformers import BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
+import fastopt
 import finetune
 from finetuning import callbacks, comparison, contenders, setup
 from finetuning.tasks.fetch import FetchError, default_cache
@@ -179,6 +180,47 @@ def test_ways_of_training_reach_both_runs(options, arguments, tmp_path):
     assert report["parity"]["max_loss_diff"] < 1e-3
 
 
+NARROW = ["--precision", "bf16-true", "--optimizer", 'fastopt.AdamW:states="8bit",weights="split"']
+
+
+def test_narrow_run_learns_as_the_wide_one_beside_it(arguments, tmp_path, capsys):
+    options = [*arguments, *NARROW, "--against-precision", "fp32", "--steps", "30"]
+    assert finetune.main(options) == 0
+    wide, narrow = report_in(tmp_path)["runs"]
+    assert (wide["optimizer"], wide["precision"]) == ("torch.optim.AdamW(fused=True)", "fp32")
+    assert (wide["kept_bytes"], wide["moved_bytes"]) == (16, 28)
+    # Of one dimension, whose states are kept in bfloat16, there are many in so small a model.
+    assert 8 < narrow["kept_bytes"] < 8.5
+    assert narrow["moved_bytes"] == pytest.approx(2 * narrow["kept_bytes"] - 2)
+    assert "moved by a step" in capsys.readouterr().out
+    for run, dtype in ((wide, torch.float32), (narrow, torch.bfloat16)):
+        assert run["losses"][-1] < 0.8 * run["losses"][0]
+        role = "optimizer" if run is narrow else "against"
+        weights = tmp_path / "out" / "checkpoints" / role / "checkpoint-30" / "model.safetensors"
+        assert {tensor.dtype for tensor in load_file(weights).values()} == {dtype}
+    assert narrow["losses"][-1] == pytest.approx(wide["losses"][-1], rel=0.2)
+
+
+@pytest.mark.parametrize("tuning", ["full", "head", "lora", "adalora", "adapter", "prompt"])
+def test_gradients_are_bfloat16_in_every_way_of_tuning(tuning, arguments, monkeypatch):
+    seen = set()
+    step = fastopt.AdamW.step
+
+    def noting(self, closure=None):
+        params = [p for group in self.param_groups for p in group["params"]]
+        seen.update((p.dtype, p.grad.dtype) for p in params if p.grad is not None)
+        return step(self, closure)
+
+    monkeypatch.setattr(fastopt.AdamW, "step", noting)
+    run = comparison_of([*arguments, *NARROW, "--tuning", tuning, "--steps", "15"])
+    run.train("optimizer", 8, leads=False)
+    run.train("optimizer", 15, leads=False)  # from a checkpoint
+    assert seen == {(torch.bfloat16, torch.bfloat16)}
+    _, history = run.finished("optimizer")
+    losses = [entry["loss"] for entry in history]
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
 def test_accumulated_batches_are_one_batch(arguments, tmp_path):
     assert finetune.main([*arguments, "--batch-size", "16"]) == 0
     at_once = losses(report_in(tmp_path))[1]
@@ -253,7 +295,7 @@ def test_trained_model_is_left_for_from_pretrained(tuning, arguments, tmp_path):
     figures = trained.run()["runs"][1]["metrics"]["end"]
     again = finetune.parse_options([*arguments, "--model", str(tmp_path / "out" / "model")])
     loaded = setup.Setup(again)
-    again_figures = loaded.evaluate(loaded.model, loaded.task)
+    again_figures = loaded.evaluate(loaded.model, loaded.task, loaded.contenders["optimizer"])
     assert again_figures["loss"] == pytest.approx(figures["loss"], rel=1e-4)
 
 
@@ -383,6 +425,16 @@ def test_unusable_dataset_is_refused_before_training(
         (["--against", "torch.optim.AdamW:weight_decay=1"], "give --weight-decay"),
         (["--optimizer", "fastopt.AdamW:backend='abacus'"], "abacus"),
         (["--shard", "fsdp2"], "torchrun"),
+        (["--optimizer", "fastopt.AdamW:weights='split'"], "give --precision bf16-true"),
+        (
+            ["--optimizer", "fastopt.AdamW:weights='split'", "--precision", "fp16"],
+            "in fp16 they are float32; give --precision bf16-true",
+        ),
+        (
+            ["--against", "fastopt.AdamW:weights='split'", "--against-precision", "bf16"],
+            "in bf16 they are float32; give --against-precision bf16-true",
+        ),
+        (["--against", "torch.optim.AdamW:states='8bit'"], "unexpected keyword argument 'states'"),
         (["--model", "no/such/model/here"], "--model no/such/model/here cannot be loaded"),
     ],
 )
@@ -402,11 +454,12 @@ def test_number_out_of_range_is_a_usage_error(option, arguments):
 
 
 def test_options_reach_the_optimizers():
-    ours = "fastopt.SGD:momentum=0.9,backend='cpu',states='8bit'"
-    stock, ours = contenders.contenders(ours, None).values()
+    spec = "fastopt.SGD:momentum=0.9,backend='cpu',average=0.9,states='8bit'"
+    stock, ours = contenders.contenders(finetune.parse_options(["--optimizer", spec])).values()
     assert stock.name == "torch.optim.SGD(momentum=0.9, fused=True)"
-    assert ours.name == "fastopt.SGD(momentum=0.9, backend='cpu', states='8bit')"
-    loop = contenders.parse_optimizer("torch.optim.AdamW:fused=False,betas=(0.8, 0.9)")
+    assert ours.name == "fastopt.SGD(momentum=0.9, backend='cpu', average=0.9, states='8bit')"
+    spec = "torch.optim.AdamW:fused=False,betas=(0.8, 0.9)"
+    loop = contenders.parse_optimizer(spec, "fp32", "--precision")
     assert loop.kwargs == {"fused": False, "betas": (0.8, 0.9)}
 
 

@@ -68,11 +68,12 @@ def _low_rank(model: nn.Module, method: str, head: list[str], steps: int) -> nn.
 
     body = model.base_model_prefix
     layers = {name: part for name, part in model.named_modules() if name.startswith(f"{body}.")}
-    # A convolutional network is made of these instead, but for its depthwise layers.
-    targets = [name for name, part in layers.items() if isinstance(part, nn.Linear)] or [
+    # What is a matrix times a vector: a convolutional network has it at every pixel.
+    targets = [
         name
         for name, part in layers.items()
-        if isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1)
+        if isinstance(part, nn.Linear)
+        or (isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1))
     ]
     common: dict[str, Any] = {"target_modules": targets, "modules_to_save": head or None}
     if method == "lora":
@@ -95,7 +96,10 @@ def _prompt(model: nn.Module, prompt_type: str | None) -> nn.Module:
     import peft
 
     if prompt_type is None:
-        raise InputError("--tuning prompt: this model reads no text that a prompt could precede")
+        raise InputError(
+            "--tuning prompt: a prompt can be put only before a model that reads one text; choose "
+            "another of " + ", ".join(METHODS[:-1])
+        )
     config = peft.PromptTuningConfig(task_type=prompt_type, num_virtual_tokens=VIRTUAL_TOKENS)
     return peft.get_peft_model(model, config)
 
@@ -123,7 +127,8 @@ def _insert_adapters(model: nn.Module) -> None:
     for name in ends:
         parent, _, last = name.rpartition(".")
         layer = model.get_submodule(name)
-        adapted = Bottleneck(layer, model.config.hidden_size)
+        size = getattr(layer, "out_features", None) or layer.nf  # of transformers' Conv1D
+        adapted = Bottleneck(layer, size)
         setattr(model.get_submodule(parent), last, adapted)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import io
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -18,7 +19,18 @@ from PIL import Image
 
 import finetune
 from finetuning import all_tasks
-from finetuning.tasks import TASKS, InputError, dialogue, find, images, ner, recommend, sentiment
+from finetuning import page as pages
+from finetuning.tasks import (
+    TASKS,
+    InputError,
+    dialogue,
+    find,
+    images,
+    multimodal,
+    ner,
+    recommend,
+    sentiment,
+)
 from finetuning.tasks.fetch import DebianPackage, FetchError, default_cache
 from finetuning.tasks.models import MINILM
 from finetuning.tasks.monitor import Alarm, Window
@@ -80,11 +92,13 @@ def make_data(task, folder):
         return write_csv(folder / "texts.csv", ("text", "label"), rows())
     if task == "ner":
         return write_conll(folder / "tags.conll")
-    if task == "images":
-        for color, name in enumerate(("dark", "light")):
+    if task in ("images", "multimodal"):
+        texts = [(label, text) for text, label in rows(10)]
+        write_csv(folder / "descriptions.csv", ("label", "text"), texts)
+        for shade, name in enumerate(WORDS):
             (folder / "pictures" / name).mkdir(parents=True)
             for n in range(20):
-                pixels = np.full((9, 12, 3), 60 + 130 * color + n, np.uint8)
+                pixels = np.full((9, 12, 3), 30 + 80 * shade + n, np.uint8)
                 Image.fromarray(pixels).save(folder / "pictures" / name / f"{n}.png")
         return folder / "pictures"
     if task == "recommend":
@@ -97,9 +111,11 @@ def make_data(task, folder):
 def arguments(bert, chat_model, tmp_path):
     def of(task, *more):
         words = [task, "--dataset", make_data(task, tmp_path), "--out", tmp_path / "out"]
-        if task == "images":
+        if task in ("images", "multimodal"):
             words += ["--network", "resnet"]
-        else:
+        if task == "multimodal":
+            words += ["--descriptions", tmp_path / "descriptions.csv"]
+        if task != "images":
             words += ["--model", chat_model if task in ("translation", "dialogue") else bert]
         words += ["--steps", STEPS, "--batch-size", 8, "--lr", 0.003]
         return [str(word) for word in (*words, *more)]
@@ -134,13 +150,39 @@ def test_chat_models_are_tuned_in_part(tuning, arguments, tmp_path):
     ("task", "tuning", "sentence"),
     [
         ("dialogue", "head", "head is its embedding"),
-        ("images", "prompt", "no text that a prompt could precede"),
+        ("images", "prompt", "only before a model that reads one text; choose another of full, h"),
         ("images", "adapter", "no transformer blocks"),
     ],
 )
 def test_tuning_that_does_not_fit_is_refused(task, tuning, sentence, arguments, capsys):
     assert finetune.main(arguments(task, "--tuning", tuning)) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tuning", ["head", "lora", "adapter"])
+def test_two_towers_are_tuned_in_part(tuning, arguments, tmp_path):
+    assert finetune.main(arguments("multimodal", "--tuning", tuning)) == 0
+    report = report_in(tmp_path)
+    assert report["parameters"]["trained"] < report["parameters"]["total"] / 2
+    assert report["parity"]["max_loss_diff"] < 1e-4
+    # Image and text projection and temperature; the image tower's 1 x 1 convolutions, the text
+    # tower's 2 layers of 6 matrices; two matrices with biases for 2 layers' 2 ends.
+    added = {"head": 0, "lora": 2 * 3 + 2 * 2 * 6, "adapter": 2 * 2 * 4}
+    assert report["parameters"]["trained_tensors"] == 3 + added[tuning]
+
+
+def test_recommender_is_tuned_by_adapters(arguments, tmp_path):
+    assert finetune.main(arguments("recommend", "--tuning", "adapter")) == 0
+    assert report_in(tmp_path)["parity"]["max_loss_diff"] < 1e-4
+
+
+@pytest.mark.parametrize("task", ["images", "multimodal", "recommend", "dialogue"])
+def test_tasks_train_wholly_in_bfloat16(task, arguments, tmp_path):
+    narrow = ["--precision", "bf16-true", "--optimizer", "fastopt.AdamW:weights='split'"]
+    assert finetune.main(arguments(task, *narrow)) == 0
+    for run in report_in(tmp_path)["runs"]:
+        assert run["precision"] == "bf16-true"
+        assert sum(run["losses"][-3:]) < sum(run["losses"][:3])
 
 
 @pytest.mark.parametrize("tuning", ["head", "lora", "adalora"])
@@ -212,6 +254,69 @@ def test_recommender_ranks_what_is_unseen(arguments, tmp_path, capsys):
     ranked = [film["text"] for film in end["example"]["ranked"]]
     assert not set(ranked) & set(end["example"]["history"])
     assert "is most likely to click" in capsys.readouterr().out
+
+
+def test_classes_kept_out_are_found_without_training(arguments, tmp_path, capsys):
+    words = arguments("multimodal", "--unseen", "music")
+    task = find("multimodal")(finetune.parse_options(words))
+    assert {task.labels[pair["label"]] for pair in task.train} == {"metal", "weather"}
+    trained = {task.texts[pair["text"]] for pair in task.train}
+    assert not trained & set(task.judged_texts)
+    assert {label for _, label in trained} == {"metal", "weather"}
+
+    assert finetune.main(words) == 0
+    end = report_in(tmp_path)["runs"][1]["metrics"]["end"]
+    assert [sum(row) for row in end["confusion"]] == [4, 4, 4]
+    # Four of twelve images, and two of six held-out texts, are of the class.
+    assert end["unseen"]["baseline"]["precision_at_10"] == pytest.approx(1 / 3)
+    assert end["unseen"]["baseline"]["recall_at_1"] == pytest.approx(1 / 3)
+    said = capsys.readouterr().out
+    assert "never seen in training: music" in said
+    assert "  music* (4) " in said
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--unseen", "fog"], "--unseen 'fog': the classes are metal, music, weather"),
+        (["--unseen", "music", "metal"], "less than two classes to learn"),
+        (["--descriptions", "some.csv"], "some.csv: no text of class 'music'; add some"),
+        (["--few-shot", "17"], "class 'metal' has 16 to train on"),
+    ],
+)
+def test_classes_that_cannot_be_learned_are_refused(
+    options, sentence, arguments, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    write_csv(tmp_path / "some.csv", ("label", "text"), [("metal", "ore"), ("weather", "fog")])
+    assert finetune.main(arguments("multimodal", *options)) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_retrieval_counts_every_text_and_image_of_a_class():
+    similarities = np.array([[0.9, 0.1, 0.2], [0.8, 0.3, 0.7], [0.1, 0.6, 0.4]])
+    right = np.array([[True, False, False], [False, True, True], [True, False, False]])
+    images = multimodal.found_images(similarities, right)
+    # The first text finds its two images first and last, the second its one in the middle, the
+    # third its own first.
+    assert images["mean_average_precision"] == pytest.approx(((1 + 2 / 3) / 2 + 1 / 2 + 1) / 3)
+    texts = multimodal.found_texts(similarities, right)
+    assert texts == {"recall_at_1": pytest.approx(1 / 3), "recall_at_5": 1}
+
+
+def test_chance_is_the_mean_over_all_orders(monkeypatch):
+    monkeypatch.setattr(multimodal, "FIRST", 2)
+    monkeypatch.setattr(multimodal, "NEAREST", 2)
+    right = np.array([[1, 0, 0], [1, 0, 0], [0, 1, 1], [0, 1, 1], [1, 0, 0]], bool)
+    found = [
+        multimodal.found_images(np.tile(order, (3, 1)).T, right)
+        for order in itertools.permutations(range(5))
+    ] + [
+        multimodal.found_texts(np.tile(order, (5, 1)), right)
+        for order in itertools.permutations(range(3))
+    ]
+    for key, value in multimodal.by_chance(right, right).items():
+        assert value == pytest.approx(np.mean([each[key] for each in found if key in each]))
 
 
 def test_continued_training_reports_what_is_forgotten(arguments, tmp_path, capsys):
@@ -335,15 +440,58 @@ def test_chat_says_where_its_answers_come_from(arguments, bert, tmp_path, capsys
     assert len(said) == 6
 
 
-def test_page_shows_every_run(arguments, tmp_path):
-    assert finetune.main(arguments("topics")) == 0
-    table = (tmp_path / "out" / "table.txt").read_text()
-    outputs = [(["topics", "--steps", "8"], table), (["topics", "--more"], "said\n")]
-    text = all_tasks.page({"a-run": (report_in(tmp_path), outputs)})
-    assert "| [a-run](#a-run) " in text
-    assert f"$ python bench/finetune.py topics --steps 8\n{table}" in text
-    assert "$ python bench/finetune.py topics --more\nsaid\n" in text
-    assert "![losses](finetune-a-run.png)" in text
+def test_page_shows_every_run_that_was_kept(arguments, tmp_path, monkeypatch):
+    for name, folder in (("OUT", "runs"), ("KEPT", "kept")):
+        monkeypatch.setattr(all_tasks, name, tmp_path / folder)
+    monkeypatch.setattr(all_tasks, "RUNS", {"early": ["a b"], "dialogue": ["x"], "late": ["y"]})
+    out = tmp_path / "runs" / "dialogue"
+    assert finetune.main(arguments("topics", "--out", out)) == 0
+    all_tasks.transcript("dialogue").write_text("said\n")
+    all_tasks.keep("dialogue")
+    out.rename(tmp_path / "runs" / "early")
+    all_tasks.keep("early")
+
+    text = pages.page(all_tasks.kept())
+    assert text.index("| [early](#early) ") < text.index("| [dialogue](#dialogue) ")
+    table = (tmp_path / "runs" / "early" / "table.txt").read_text()
+    assert f"\n```\n$ python bench/finetune.py 'a b'\n{table}```\n" in text
+    assert f"$ python bench/finetune.py x\n{table}```\n" in text
+    assert "dialogue < bench/finetuning/tasks/examples/questions.txt\nsaid\n```\n" in text
+    assert "![losses](finetune/early.png)" in text
+    assert (tmp_path / "kept" / "early.png").read_bytes().startswith(b"\x89PNG")
+    assert "late" not in text
+
+
+def narrow_run(seed, metrics, losses):
+    runs = [
+        {
+            "precision": precision,
+            "metric": metric,
+            "held_out_loss": [2.0, loss],
+            "kept_bytes": kept,
+            "moved_bytes": 2 * kept,
+        }
+        for precision, metric, loss, kept in zip(
+            ("fp32", "bf16-true"), metrics, losses, (16, 8.03), strict=True
+        )
+    ]
+    figures = {"task": "topics", "seed": seed, "headline": "accuracy", "runs": runs}
+    return {"figures": figures, "shown": [("topics", ["said"])]}
+
+
+@pytest.mark.parametrize(("last", "answer"), [(0.92, "yes"), (0.96, "no"), (0.88, "no")])
+def test_page_compares_a_narrow_run_by_its_metric_over_seeds(last, answer):
+    runs = {
+        "narrow-0": narrow_run(0, (0.90, 0.91), (0.5, 0.51)),
+        "narrow-1": narrow_run(1, (0.92, last), (0.4, 0.39)),
+    }
+    text = pages.page(runs)
+    (row,) = [line for line in text.splitlines() if line.startswith("| [narrow")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:3] == ["[narrow-0](#narrow-0)", "0, 1", "accuracy 0.910 ± 0.014"]
+    assert cells[5:7] == [answer, "0.450 ± 0.071"]
+    assert cells[8:] == ["16.00", "8.03", "32.00", "16.06"]
+    assert text.count("said") == 1  # of the first seed
 
 
 @pytest.mark.parametrize(
@@ -373,7 +521,7 @@ def test_unusable_dataset_is_refused(task, content, sentence, arguments, tmp_pat
 
 def test_pictures_that_are_none_are_refused(arguments, tmp_path, capsys):
     words = arguments("images")
-    (tmp_path / "pictures" / "dark" / "notes.png").write_text("no picture")
+    (tmp_path / "pictures" / "metal" / "notes.png").write_text("no picture")
     assert finetune.main(words) == 2
     assert "notes.png is no image" in capsys.readouterr().err
     assert finetune.main([*words, "--dataset", str(tmp_path / "none")]) == 2

@@ -23,6 +23,7 @@ TASKS = (
     "sentiment",
     "ner",
     "images",
+    "multimodal",
     "recommend",
     "translation",
     "dialogue",

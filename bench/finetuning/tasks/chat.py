@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from . import load
 from .causal import Pair, chat_tokenizer, one_line, replies
-from .models import MINILM
+from .models import MINILM, mean_over_tokens
 from .trained import trained_model
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ class Known:
                 return_tensors="pt",
             )
             states = self.encoder(**tokens).last_hidden_state
-            mask = tokens["attention_mask"].unsqueeze(-1)
-            parts.append((states * mask).sum(1) / mask.sum(1))
+            parts.append(mean_over_tokens(states, tokens["attention_mask"]))
         return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
 
     def nearest(self, question: str) -> tuple[float, Pair]:

@@ -23,7 +23,7 @@ from transformers import (
 from . import InputError, Task, head_labels, load
 from .fetch import Source
 from .files import read_rows
-from .options import number
+from .options import add_few_shot
 from .split import SEED, divide, share_of
 
 Input = TypeVar("Input")  # what is classified
@@ -39,12 +39,7 @@ class Classification(Task):
 
     @staticmethod
     def add_options(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "--few-shot",
-            type=number(int, 1),
-            metavar="K",
-            help="train on K examples of each class only",
-        )
+        add_few_shot(parser, "examples of each class")
 
     def parts(
         self, examples: list[tuple[Input, str]], options: argparse.Namespace

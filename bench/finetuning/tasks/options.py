@@ -18,3 +18,9 @@ def number(kind: type, least: float) -> Any:
 
     parse.__name__ = kind.__name__  # argparse names the type in its own errors
     return parse
+
+
+def add_few_shot(parser: argparse.ArgumentParser, examples: str) -> None:
+    parser.add_argument(
+        "--few-shot", type=number(int, 1), metavar="K", help=f"train on K {examples} only"
+    )

@@ -35,7 +35,7 @@ from transformers import (
 from . import InputError, Task, load
 from .fetch import Package
 from .files import read_rows
-from .models import MINILM
+from .models import MINILM, mean_over_tokens
 
 MOVIELENS = Package(
     requirement="recbole==1.2.1",
@@ -79,8 +79,7 @@ class Recommender(PreTrainedModel):
 
     def item_vectors(self, items: torch.Tensor, **tokens: torch.Tensor) -> torch.Tensor:
         states = self.body(**tokens).last_hidden_state
-        mask = tokens["attention_mask"].unsqueeze(-1)
-        text = (states * mask).sum(1) / mask.sum(1)
+        text = mean_over_tokens(states, tokens["attention_mask"])
         return self.project(text) + self.items(items)
 
     def scores(
@@ -124,12 +123,22 @@ class Recommend(Task):
         self.texts = list(texts.values())
         number = {item: index for index, item in enumerate(texts)}
 
+        self._divide([(user, number[item]) for user, item, _, _ in clicks])
+        self.model = options.model or MINILM.name
+        self._weights = options.model or str(MINILM.fetch(options.cache))
+        self.processor = load(AutoTokenizer, self._weights)
+        self.tokens = self.processor(
+            self.texts, truncation=True, max_length=MAX_PIECES, padding=True, return_tensors="pt"
+        )
+
+    def _divide(self, clicks: list[tuple[str, int]]) -> None:
+        """Settle what to train on and what to judge by, of (user, item) in order of time."""
         border = round(TRAIN_SHARE * len(clicks))
         past: dict[str, list[int]] = defaultdict(list)
         later: dict[str, list[int]] = defaultdict(list)
-        for place, (user, item, _, _) in enumerate(clicks):
-            (past if place < border else later)[user].append(number[item])
-        self.counts = torch.zeros(len(texts))
+        for place, (user, item) in enumerate(clicks):
+            (past if place < border else later)[user].append(item)
+        self.counts = torch.zeros(len(self.texts))
         for items in past.values():
             for item in items:
                 self.counts[item] += 1
@@ -149,13 +158,6 @@ class Recommend(Task):
                 f"the dataset has no user with more than {LEAST_HISTORY} clicks in its first "
                 f"{TRAIN_SHARE:.0%} by time, or none later: nothing to learn or to judge"
             )
-
-        self.model = options.model or MINILM.name
-        self._weights = options.model or str(MINILM.fetch(options.cache))
-        self.processor = load(AutoTokenizer, self._weights)
-        self.tokens = self.processor(
-            self.texts, truncation=True, max_length=MAX_PIECES, padding=True, return_tensors="pt"
-        )
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         # Popular items more often, as they are what most clicks are about. Seeded by the batch: the

@@ -57,6 +57,21 @@ def test_package_is_fetched_once_and_only_what_is_wanted_kept(
     assert Package(**package).fetch(cache) == folder
 
 
+def test_package_that_two_processes_fetch_at_once(package, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    obtain = Package._obtain
+
+    def second_to_finish(self, scratch):
+        monkeypatch.setattr(Package, "_obtain", obtain)
+        self.fetch(cache)
+        return obtain(self, scratch)
+
+    monkeypatch.setattr(Package, "_obtain", second_to_finish)
+    folder = Package(**package).fetch(cache)
+    assert files_below(folder) == ["a/1.txt"]
+    assert [path.name for path in cache.iterdir()] == ["some-texts"]
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

@@ -66,6 +66,8 @@ class Source(ABC):
             with tempfile.TemporaryDirectory(dir=cache, prefix="fetching-") as scratch:
                 self._obtain(Path(scratch)).rename(target)
         except OSError as error:
+            if target.is_dir():
+                return target  # another process was first
             raise FetchError(f"cannot write {target}: {error}; choose another --cache") from error
         return target
 

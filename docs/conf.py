@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import html
-import importlib.metadata
 
 import ziamath
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.writers.html5 import HTML5Translator
 
+import fastopt
+
 project = "fastopt"
 author = copyright = "the authors of fastopt"
-release = importlib.metadata.version("fastopt")
+release = fastopt.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 myst_enable_extensions = ["dollarmath"]
@@ -43,7 +44,9 @@ def inline(translator: HTML5Translator, node: nodes.math) -> None:
 
 
 def block(translator: HTML5Translator, node: nodes.math_block) -> None:
-    tex = rf"\begin{{aligned}}{node.astext()}\end{{aligned}}"
+    tex = node.astext()
+    if not tex.startswith(r"\begin"):  # a docstring's, which Sphinx lets be aligned at &
+        tex = rf"\begin{{aligned}}{tex}\end{{aligned}}"
     translator.body.append(f'<div class="math">{svg(tex, 17, inline=False)}</div>')
     raise nodes.SkipNode
 

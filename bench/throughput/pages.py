@@ -24,6 +24,7 @@ from .tables import DEVICES, NOT_YET, measured_on, pick, rows_of
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TABLES: dict[str, Callable[[Path], str]] = {
     "short-cpu": tables.short_table,
+    "tuning-cpu": tables.tuning_table,
     "step-cpu": lambda results: tables.step_table(results, "cpu"),
     "step-cuda": lambda results: tables.step_table(results, "cuda"),
 }
@@ -80,7 +81,8 @@ def sections(results: Path, device: str) -> Iterator[Section]:
         yield Section("As the work grows", [costs], picture="scaling")
     share = rows_of(results, f"share-{device}")
     if share:
-        yield Section("Share of fine-tuning MiniLM on BBC News", [tables.share_table(share)])
+        texts = [f"{measured_on(share)}.", tables.share_table(share)]
+        yield Section("Share of fine-tuning MiniLM on BBC News", texts)
 
 
 def further_comparisons(results: Path, device: str) -> Iterator[Section]:

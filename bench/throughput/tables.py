@@ -56,7 +56,8 @@ def percent(row: Row | None) -> str:
 def size(row: Row) -> str:
     """`144 tensors, 1.33 M`; nothing where the title says it."""
     tensors, elements = int(row["tensors"]), int(row["elements"])
-    return f"{tensors} tensors, {elements / 1e6:.3g} M" if elements > 1e5 else ""
+    named = "tensors" if tensors > 1 else "tensor"
+    return f"{tensors} {named}, {elements / 1e6:.3g} M" if elements > 1e5 else ""
 
 
 def measured_on(rows: Sequence[Row]) -> str:
@@ -108,6 +109,20 @@ def step_table(results: Path, device: str) -> str:
         head = [name, "", "torch", "fastopt", "times as fast (p20 to p80)", "of the ceiling"]
         parts.append(markdown(head, lines))
     return "\n\n".join([*parts, f"{measured_on(rows)}."])
+
+
+def tuning_table(results: Path) -> str:
+    """What is trained, and what the optimizer then takes."""
+    rows = rows_of(results, "share-cpu")
+    lines = []
+    for tuning in dict.fromkeys(row["tuning"] for row in rows):
+        theirs, ours = (pick(rows, tuning=tuning, contender=name)[0] for name in (FUSED, OURS))
+        trained = f"{int(ours['elements']):,} in {ours['tensors']}"
+        states = f"{int(ours['state_bytes']) / 1e6:,.3f} MB"
+        optimizers = (time(row, "optimizer_ms") for row in (theirs, ours))
+        lines.append([tuning, trained, states, time(ours, "whole_ms"), *optimizers])
+    head = ["", "parameters, tensors", "states", "whole step, ms", "optimizer: torch", "fastopt"]
+    return f"{markdown(head, lines)}\n\n{measured_on(rows)}."
 
 
 # Of bench/results/README.md.
@@ -245,7 +260,7 @@ def share_table(rows: Sequence[Row]) -> str:
     columns = ("whole_ms", "clip_ms", "optimizer_ms")
     lines = [
         [
-            f"{row['tuning']}, {size(row)}",
+            f"{row['tuning']}, {row['tensors']} tensors, {int(row['elements']) / 1e6:.3g} M",
             row["contender"],
             *(time(row, column) for column in columns),
             f"{float(row['optimizer_share']):.1%}",

@@ -25,7 +25,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--once",
         action="store_true",
-        help="every property once: of each test one choice of its parameters, and none marked slow",
+        help="every property once: of each test one choice of its parameters, and nothing that is "
+        "marked slow or needs a package index",
     )
 
 
@@ -36,7 +37,7 @@ def pytest_collection_modifyitems(config, items):
         return
     choices = {}
     for item in items:
-        if not (item.get_closest_marker("slow") or missing(item)):
+        if not (any(map(item.get_closest_marker, ("slow", "network"))) or missing(item)):
             choices.setdefault(item.nodeid.partition("[")[0], []).append(item)
     chosen = [found[zlib.crc32(name.encode()) % len(found)] for name, found in choices.items()]
     config.hook.pytest_deselected(items=list(set(items) - set(chosen)))

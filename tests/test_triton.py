@@ -177,8 +177,9 @@ def test_every_format_has_its_mirror():
 
 
 @pytest.mark.timeout(600)
-def test_interpreted_kernels():
+def test_interpreted_kernels(pytestconfig):
     """In a process of its own, where triton interprets."""
+    once = ["--once"] if pytestconfig.getoption("--once") else []
     done = subprocess.run(
         [
             sys.executable,
@@ -187,6 +188,7 @@ def test_interpreted_kernels():
             "-q",
             "-p",
             "no:cacheprovider",
+            *once,
             "tests/test_triton_interpreter.py",
         ],
         cwd=ROOT,

@@ -52,18 +52,7 @@ def loading(optimizer: Any) -> Iterator[None]:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         ids = [i for group in loaded["param_groups"] for i in group["params"]]
         for i, p in zip(ids, params, strict=True):
-            kept = loaded["state"].get(i, {})
-            own = {key: v for key, v in kept.items() if _like_param(key, v, counts)}
-            if optimizer._keeping and own:
-                names = formats(optimizer, p, list(own))
-                for (key, value), name in zip(own.items(), names, strict=True):
-                    optimizer.state[p][key] = recast(value, p, name)
-            for key, value in kept.items():
-                if isinstance(value, Tensor) and (
-                    key in counts[1:]  # of the step count torch itself keeps the dtype
-                    or (not optimizer._keeping and is_wider(value.dtype, p.dtype))
-                ):
-                    optimizer.state[p][key] = value.to(p.device)
+            _restore(optimizer, p, loaded["state"].get(i, {}), counts)
 
     # torch runs users' hooks before and after; the dict to look at is the one they left.
     handles = (
@@ -75,6 +64,21 @@ def loading(optimizer: Any) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _restore(optimizer: Any, p: Tensor, kept: dict[str, Any], counts: list[str]) -> None:
+    """Make of what was loaded for a parameter what torch's own conversions would lose."""
+    own = {key: v for key, v in kept.items() if _like_param(key, v, counts)}
+    if optimizer._keeping and own:
+        names = formats(optimizer, p, list(own))
+        for (key, value), name in zip(own.items(), names, strict=True):
+            optimizer.state[p][key] = recast(value, p, name)
+    for key, value in kept.items():
+        if isinstance(value, Tensor) and (
+            key in counts[1:]  # of the step count torch itself keeps the dtype
+            or (not optimizer._keeping and is_wider(value.dtype, p.dtype))
+        ):
+            optimizer.state[p][key] = value.to(p.device)
 
 
 def _like_param(key: str, value: Any, counts: list[str]) -> bool:

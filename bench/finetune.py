@@ -30,7 +30,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 from transformers.utils.logging import disable_progress_bar
 
 from finetuning import learning_rate, report
-from finetuning.comparison import Comparison
+from finetuning.comparison import compare
 from finetuning.options import parse_options
 from finetuning.setup import Setup
 from finetuning.tasks import TaskError, find
@@ -47,15 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.find_lr:
             find_rate(setup)
         else:
-            compare(setup)
+            write_comparison(setup)
     except TaskError as error:
         print(f"finetune: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def compare(setup: Setup) -> None:
-    found = Comparison(setup).run()
+def write_comparison(setup: Setup) -> None:
+    found = compare(setup)
     if setup.processes.is_main_process:
         (setup.out / "report.json").write_text(json.dumps(found, indent=2) + "\n")
         report.picture(found, setup.out / "losses.png")

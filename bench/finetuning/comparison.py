@@ -1,208 +1,90 @@
-"""Two optimizers on one task: trained in alternating blocks of steps, judged, reported."""
+"""Two optimizers on one task: trained, judged, reported."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import json
-import math
 import platform
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 import machine
 
-from . import sharding
-from .callbacks import Clock, EndBlock, converged, step_losses
+from .blocks import Blocks
 from .contenders import Contender
-from .setup import Setup, require_finite
-from .tasks import InputError
-from .tuning import AllocateRanks, merged, restore
+from .setup import Setup
+from .tuning import merged
 
 
-class Comparison:
-    """The two runs of one setup; files are written by the first of its processes.
+def compare(setup: Setup) -> dict[str, Any]:
+    """Train both, keep the second's model in OUT/model, and return the report."""
+    blocks = Blocks(setup)
+    start = {  # of both contenders, unless they train in one precision
+        contender.precision: judged(setup, setup.copy_for(contender), contender)
+        for contender in {each.precision: each for each in setup.contenders.values()}.values()
+    }
+    blocks.train_both()
+    models, runs = [], []
+    for role, contender in setup.contenders.items():
+        model, history = blocks.finished(role)
+        before, after = start[contender.precision], judged(setup, model, contender)
+        models.append(model)
+        runs.append(
+            {
+                "optimizer": contender.name,
+                "precision": contender.precision,
+                "losses": [entry["loss"] for entry in history],
+                **{data: {"start": before[data], "end": after[data]} for data in before},
+                "train_step_ms": spread([entry["train_step_ms"] for entry in history]),
+                "optimizer_step_ms": spread([entry["optimizer_step_ms"] for entry in history]),
+                "kept_bytes": history[-1]["kept_bytes"],
+                "moved_bytes": history[-1]["moved_bytes"],
+            }
+        )
+    report = report_of(setup, runs, models)
+    save_model(setup, models[1])
+    return report
 
-    Args:
-        setup: in whose OUT/checkpoints the runs leave off and are taken up again.
-    """
 
-    def __init__(self, setup: Setup) -> None:
-        self.setup = setup
-        self.last_step = setup.steps  # less once the loss has converged
-        if setup.processes.is_main_process:
-            self._prepare_checkpoints(setup.options.resume)
-        setup.processes.wait_for_everyone()
+def report_of(setup: Setup, runs: list[dict[str, Any]], models: list[nn.Module]) -> dict[str, Any]:
+    return {
+        **setup.settings(),
+        "parameters": sizes(setup.model),
+        "device": machine.device_name(next(setup.model.parameters()).device.type),
+        "versions": versions(),
+        "options": {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(setup.options).items()
+        },
+        "runs": runs,
+        "parity": {
+            "max_loss_diff": max(map(abs, loss_differences(runs))),
+            "max_param_diff": max_param_diff(*models),
+            # How far training moved any parameter: the scale of the difference above.
+            "max_param_change": max_param_diff(setup.model, models[0]),
+        },
+    }
 
-    def _prepare_checkpoints(self, resume: bool) -> None:
-        """An empty folder, or with --resume one that the very same comparison left behind."""
-        folder = self.setup.checkpoints
-        settings_file = folder / "settings.json"
-        settings = json.dumps(self.setup.settings(), indent=2)
-        if resume and settings_file.is_file() and settings_file.read_text() != settings:
-            raise InputError(f"--resume: the options are not those in {settings_file}")
-        try:
-            if folder.exists() and not resume:
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            settings_file.write_text(settings)
-        except OSError as error:
-            raise InputError(
-                f"--out {self.setup.out} cannot be written: {error.strerror}"
-            ) from error
 
-    def run(self) -> dict[str, Any]:
-        """Train both, keep the second's model in OUT/model, and return the report."""
-        setup = self.setup
-        start = {  # of both contenders, unless they train in one precision
-            contender.precision: self._judged(setup.copy_for(contender), contender)
-            for contender in {each.precision: each for each in setup.contenders.values()}.values()
-        }
-        self._train_both()
-        models, runs = [], []
-        for role, contender in setup.contenders.items():
-            model, history = self.finished(role)
-            before, after = start[contender.precision], self._judged(model, contender)
-            models.append(model)
-            runs.append(
-                {
-                    "optimizer": contender.name,
-                    "precision": contender.precision,
-                    "losses": [entry["loss"] for entry in history],
-                    **{data: {"start": before[data], "end": after[data]} for data in before},
-                    "train_step_ms": spread([entry["train_step_ms"] for entry in history]),
-                    "optimizer_step_ms": spread([entry["optimizer_step_ms"] for entry in history]),
-                    "kept_bytes": history[-1]["kept_bytes"],
-                    "moved_bytes": history[-1]["moved_bytes"],
-                }
-            )
-        report = self._report(runs, models)
-        self._save_model(models[1])
-        return report
+def judged(setup: Setup, model: nn.Module, contender: Contender) -> dict[str, dict[str, Any]]:
+    """Held-out figures; where an earlier run is continued, those on its data, too."""
+    figures = {"metrics": setup.evaluate(model, setup.task, contender)}
+    if setup.earlier is not None:
+        figures["earlier_data"] = setup.evaluate(model, setup.earlier, contender)
+    return figures
 
-    def _report(self, runs: list[dict[str, Any]], models: list[nn.Module]) -> dict[str, Any]:
-        setup = self.setup
-        return {
-            **setup.settings(),
-            "parameters": sizes(setup.model),
-            "device": machine.device_name(next(setup.model.parameters()).device.type),
-            "versions": versions(),
-            "options": {
-                name: str(value) if isinstance(value, Path) else value
-                for name, value in vars(setup.options).items()
-            },
-            "runs": runs,
-            "parity": {
-                "max_loss_diff": max(map(abs, loss_differences(runs))),
-                "max_param_diff": max_param_diff(*models),
-                # How far training moved any parameter: the scale of the difference above.
-                "max_param_change": max_param_diff(setup.model, models[0]),
-            },
-        }
 
-    def _judged(self, model: nn.Module, contender: Contender) -> dict[str, dict[str, Any]]:
-        """Held-out figures; where an earlier run is continued, those on its data, too."""
-        setup = self.setup
-        figures = {"metrics": setup.evaluate(model, setup.task, contender)}
-        if setup.earlier is not None:
-            figures["earlier_data"] = setup.evaluate(model, setup.earlier, contender)
-        return figures
-
-    def _save_model(self, model: nn.Module) -> None:
-        """Leave in OUT/model what `from_pretrained` can load."""
-        model = merged(model)
-        if model is not None and self.setup.processes.is_main_process:
-            folder = self.setup.out / "model"
-            model.save_pretrained(folder)
-            if self.setup.task.processor is not None:
-                self.setup.task.processor.save_pretrained(folder)
-
-    def _train_both(self) -> None:
-        # Blocks in the order A B B A: a machine that slows down meanwhile slows both alike. Who
-        # takes a stretch of steps first decides whether the loss has converged on it.
-        first, second = self.setup.contenders
-        half = math.ceil(self.setup.steps / 2)
-        self.train(first, half, leads=True)
-        self.train(second, half, leads=False)
-        self.train(second, self.setup.steps, leads=True)
-        self.train(first, self.setup.steps, leads=False)
-
-    def train(self, role: str, stop: int, leads: bool) -> None:
-        """Train up to step `stop`, from where the last checkpoint left off.
-
-        Args:
-            leads: stop earlier, both this run and the other, if the loss has converged.
-        """
-        setup = self.setup
-        stop = min(stop, self.last_step)
-        window = setup.options.early_stop if leads else None
-        checkpoint, state = self._last_checkpoint(role)
-        if state.global_step < stop and not converged(step_losses(state), window):
-            contender = setup.contenders[role]
-            model = setup.copy_for(contender)
-            callbacks = [Clock(), EndBlock(stop, window)]
-            if setup.options.tuning == "adalora":
-                # After the clock: its arithmetic is not the optimizer's.
-                callbacks.append(AllocateRanks(model, checkpoint))
-            way = setup.options.shard
-            make = functools.partial(
-                setup.trainer,
-                model,
-                contender.name,
-                setup.arguments(
-                    setup.checkpoints / role,
-                    contender,
-                    report_to=setup.options.report_to,
-                    **sharding.arguments(way),
-                ),
-                optimizer_cls_and_kwargs=setup.optimizer(contender, model),
-                callbacks=callbacks,
-            )
-            with self._reporting(role), sharding.sharing(way, make) as trainer:
-                trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-            setup.processes.wait_for_everyone()
-            state = trainer.state
-        if converged(step_losses(state), window):
-            self.last_step = state.global_step
-
-    def _last_checkpoint(self, role: str) -> tuple[Path | None, TrainerState]:
-        folder = self.setup.checkpoints / role
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if last is None:
-            return None, TrainerState()
-        return Path(last), TrainerState.load_from_json(str(Path(last) / TRAINER_STATE_NAME))
-
-    @contextlib.contextmanager
-    def _reporting(self, role: str) -> Iterator[None]:
-        """Both blocks of a run are one run of wandb; Trainer would begin one for all four."""
-        options = self.setup.options
-        if options.report_to != "wandb" or not self.setup.processes.is_main_process:
-            yield
-            return
-        import wandb
-
-        name = f"{options.task}-{role}"
-        with wandb.init(name=name, id=f"{name}-{self.setup.started:x}", resume="allow"):
-            yield
-
-    def finished(self, role: str) -> tuple[nn.Module, list[dict[str, float]]]:
-        """The trained model, and the log entry of every step."""
-        checkpoint, state = self._last_checkpoint(role)
-        history = [entry for entry in state.log_history if "loss" in entry]
-        for step, entry in enumerate(history, start=1):
-            require_finite(entry["loss"], f"{self.setup.contenders[role].name}, step {step}")
-        model = self.setup.copy_for(self.setup.contenders[role])
-        restore(model, checkpoint)
-        return model, history
+def save_model(setup: Setup, model: nn.Module) -> None:
+    """Leave in OUT/model what `from_pretrained` can load."""
+    model = merged(model)
+    if model is not None and setup.processes.is_main_process:
+        folder = setup.out / "model"
+        model.save_pretrained(folder)
+        if setup.task.processor is not None:
+            setup.task.processor.save_pretrained(folder)
 
 
 def spread(milliseconds: Sequence[float]) -> dict[str, float]:

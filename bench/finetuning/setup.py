@@ -148,25 +148,10 @@ class Setup:
         """What Trainer makes the optimizer from; with a rate of its own for the head, if wanted."""
         kwargs: dict[str, Any] = {"lr": self.lr, **contender.kwargs}
         if self.head_lr is not None:
-            kwargs["params"] = self._parameter_groups(model)
+            kwargs["params"] = parameter_groups(
+                model, self.head, self.lr, self.head_lr, self.options.weight_decay
+            )
         return contender.cls, kwargs
-
-    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        # As in Trainer: biases and norms do not decay.
-        decaying = set(get_parameter_names(model, [nn.LayerNorm], ["bias", "layernorm", "norm"]))
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                key = not self.head.isdisjoint(name.split(".")), name in decaying
-                groups.setdefault(key, []).append(parameter)
-        return [
-            {
-                "params": parameters,
-                "lr": self.head_lr if in_head else self.lr,
-                "weight_decay": self.options.weight_decay if decays else 0.0,
-            }
-            for (in_head, decays), parameters in groups.items()
-        ]
 
     def evaluate(self, model: nn.Module, task: Task, contender: Contender) -> dict[str, Any]:
         """The figures of the contender's `model` on the held-out examples of `task`."""
@@ -174,6 +159,26 @@ class Setup:
         figures = task.evaluate(self.trainer(model, "held-out", arguments))
         require_finite(figures["loss"], "held-out")
         return figures
+
+
+def parameter_groups(
+    model: nn.Module, head: set[str], lr: float, head_lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    # As in Trainer: biases and norms do not decay.
+    decaying = set(get_parameter_names(model, [nn.LayerNorm], ["bias", "layernorm", "norm"]))
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = not head.isdisjoint(name.split(".")), name in decaying
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": head_lr if in_head else lr,
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for (in_head, decays), parameters in groups.items()
+    ]
 
 
 def require_finite(loss: float, where: str) -> None:

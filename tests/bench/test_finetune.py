@@ -16,7 +16,8 @@ from transformers import BertForSequenceClassification, GPT2Config, GPT2ForSeque
 
 import fastopt
 import finetune
-from finetuning import callbacks, comparison, contenders, setup
+from finetuning import blocks, callbacks, contenders, setup
+from finetuning.comparison import compare
 from finetuning.tasks.fetch import FetchError, default_cache
 from finetuning.tasks.models import MINILM
 from finetuning.tasks.topics import BBC_NEWS
@@ -55,8 +56,12 @@ def arguments(model, dataset, tmp_path):
     return [str(part) for option in options.items() for part in option]
 
 
-def comparison_of(arguments):
-    return comparison.Comparison(setup.Setup(finetune.parse_options(arguments)))
+def setup_of(arguments):
+    return setup.Setup(finetune.parse_options(arguments))
+
+
+def blocks_of(arguments):
+    return blocks.Blocks(setup_of(arguments))
 
 
 def test_report_table_and_picture_of_a_comparison(arguments, tmp_path, capsys):
@@ -153,9 +158,8 @@ def test_ways_of_tuning(tuning, arguments, tmp_path, capsys):
 def test_blocks_change_nothing(tuning, arguments):
     # More than two epochs; the first block ends within the second.
     arguments += ["--tuning", tuning, "--steps", "15"]
-    blocks = comparison_of(arguments)
-    in_blocks = blocks.run()["runs"][1]["losses"]
-    uninterrupted = comparison_of(arguments)
+    in_blocks = compare(setup_of(arguments))["runs"][1]["losses"]
+    uninterrupted = blocks_of(arguments)
     uninterrupted.train("optimizer", 15, leads=False)
     _, history = uninterrupted.finished("optimizer")
     assert [entry["loss"] for entry in history] == in_blocks
@@ -212,7 +216,7 @@ def test_gradients_are_bfloat16_in_every_way_of_tuning(tuning, arguments, monkey
         return step(self, closure)
 
     monkeypatch.setattr(fastopt.AdamW, "step", noting)
-    run = comparison_of([*arguments, *NARROW, "--tuning", tuning, "--steps", "15"])
+    run = blocks_of([*arguments, *NARROW, "--tuning", tuning, "--steps", "15"])
     run.train("optimizer", 8, leads=False)
     run.train("optimizer", 15, leads=False)  # from a checkpoint
     assert seen == {(torch.bfloat16, torch.bfloat16)}
@@ -238,7 +242,7 @@ def test_few_shot_trains_on_so_many_of_each_class(arguments, tmp_path, capsys):
 
 def test_head_learns_at_its_own_rate(arguments):
     still = [*arguments, "--lr", "0", "--head-lr", "0.01"]
-    trained = comparison_of(still)
+    trained = blocks_of(still)
     trained.train("optimizer", STEPS, leads=False)
     model, _ = trained.finished("optimizer")
     moved = {
@@ -291,10 +295,9 @@ def test_losses_go_to_tensorboard(arguments, tmp_path):
 
 @pytest.mark.parametrize("tuning", ["full", "lora", "adalora"])
 def test_trained_model_is_left_for_from_pretrained(tuning, arguments, tmp_path):
-    trained = comparison_of([*arguments, "--tuning", tuning])
-    figures = trained.run()["runs"][1]["metrics"]["end"]
-    again = finetune.parse_options([*arguments, "--model", str(tmp_path / "out" / "model")])
-    loaded = setup.Setup(again)
+    trained = compare(setup_of([*arguments, "--tuning", tuning]))
+    figures = trained["runs"][1]["metrics"]["end"]
+    loaded = setup_of([*arguments, "--model", str(tmp_path / "out" / "model")])
     again_figures = loaded.evaluate(loaded.model, loaded.task, loaded.contenders["optimizer"])
     assert again_figures["loss"] == pytest.approx(figures["loss"], rel=1e-4)
 
@@ -353,9 +356,9 @@ def test_interrupted_run_resumes_to_the_same_end(arguments, tmp_path, monkeypatc
         train(self, role, stop, leads)
 
     steps_taken.clear()
-    train = comparison.Comparison.train
+    train = blocks.Blocks.train
     with monkeypatch.context() as patch:
-        patch.setattr(comparison.Comparison, "train", interrupted)
+        patch.setattr(blocks.Blocks, "train", interrupted)
         with pytest.raises(Interrupted):
             finetune.main(arguments)
     assert len(steps_taken) == STEPS

@@ -145,14 +145,10 @@ def decoded(packed: Tensor, param: Any, format: str) -> Any:
     _C.decode(packed.cpu(), _rows(numbers), numbers.numel(), _PACKED[format], numbers)
     if not _is_dtensor(param):
         return numbers
-    return type(param).from_local(
-        numbers.to(param.device),
-        param.device_mesh,
-        param.placements,
-        shape=param.shape,
-        stride=param.stride(),
-        run_check=False,
-    )
+    # from_local would move an offloaded shard to its mesh's device.
+    whole = torch.empty_like(param, dtype=torch.bfloat16)
+    _local(whole).copy_(numbers)
+    return whole
 
 
 def _local(tensor: Any) -> Tensor:

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FullyShardedDataParallel,
@@ -168,6 +169,33 @@ def test_state_of_a_dtensor_is_a_dtensor(name, mesh):
             assert isinstance(value, DTensor)
             assert value.placements == param.placements
             assert value.shape == param.shape
+
+
+@pytest.mark.parametrize("kept", [{}, {"states": "bfloat16"}, {"states": "8bit"}], ids=str)
+def test_shards_offloaded_from_a_gpu_have_their_states_on_the_host(kept, mesh):
+    """As CPUOffloadPolicy leaves them: DTensor.from_local would move them back."""
+    spec = copy.copy(distribute_tensor(torch.zeros(4, 200), mesh, [Shard(0)])._spec)
+    spec.mesh = DeviceMesh("cuda", torch.arange(1), _init_backend=False)
+    values = torch.randn(4, 200)
+
+    def offloaded():
+        param = torch.nn.Parameter(DTensor(values.clone(), spec, requires_grad=False))
+        return param, fastopt.AdamW([param], **kept)
+
+    def step(param, optimizer):
+        param.grad = DTensor(torch.ones(4, 200), spec, requires_grad=False)
+        optimizer.step()
+
+    param, optimizer = offloaded()
+    step(param, optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert all(state.is_cpu for state in saved["state"][0].values())
+    resumed, its_optimizer = offloaded()
+    resumed.to_local().data.copy_(param.to_local())
+    its_optimizer.load_state_dict(saved)
+    step(param, optimizer)
+    step(resumed, its_optimizer)
+    assert_equal(resumed.to_local(), param.to_local())
 
 
 @every_optimizer

@@ -26,6 +26,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "short-cpu": tables.short_table,
     "tuning-cpu": tables.tuning_table,
     "step-cpu": lambda results: tables.step_table(results, "cpu"),
+    "sharded-cpu": tables.sharded_table,
     "step-cuda": lambda results: tables.step_table(results, "cuda"),
 }
 
@@ -98,6 +99,10 @@ def further_comparisons(results: Path, device: str) -> Iterator[Section]:
         own = pick(narrow, dtype=dtype)
         texts = [f"{measured_on(own)}.", tables.contenders_table(own), tables.memory_table(own)]
         yield Section(f"adamw in fewer bytes, {dtype} parameters", texts)
+    sharded = measured(rows_of(results, f"sharded-{device}"))
+    if sharded:
+        texts = [f"{measured_on(sharded)}.", tables.situations_table(sharded)]
+        yield Section("adamw on DTensors, and on gradients in bfloat16", texts)
     further = rows_of(results, f"optimizers-{device}")
     if further:
         ran = measured(further)

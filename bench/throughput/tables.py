@@ -125,6 +125,14 @@ def tuning_table(results: Path) -> str:
     return f"{markdown(head, lines)}\n\n{measured_on(rows)}."
 
 
+def sharded_table(results: Path) -> str:
+    """DTensors, offloaded ones, and gradients in bfloat16."""
+    rows = measured(rows_of(results, "sharded-cpu"))
+    if not rows:
+        return f"CPU: {NOT_YET}."
+    return f"{situations_table(rows)}\n\n{measured_on(rows)}."
+
+
 # Of bench/results/README.md.
 
 

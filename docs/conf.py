@@ -26,7 +26,7 @@ html_theme = "furo"
 html_title = "fastopt"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
-html_copy_source = html_show_sourcelink = False
+html_copy_source = html_show_sourcelink = html_show_search_summary = False
 html_math_renderer = "svg"
 
 

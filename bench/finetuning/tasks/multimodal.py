@@ -112,7 +112,7 @@ class Multimodal(Task):
     headline = "mean_average_precision"
     columns = ("image", "label")
     continuable = False
-    steps, batch_size, lr, head_lr = 80, 32, 3e-4, 3e-3
+    steps, batch_size, lr, head_lr = 100, 32, 3e-4, 3e-3
 
     @staticmethod
     def add_options(parser: argparse.ArgumentParser) -> None:

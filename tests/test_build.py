@@ -46,7 +46,7 @@ def test_extension_exports_no_function_but_its_own():
 
 def test_extension_is_small():
     with_cuda = not _C.build["cuda"].startswith("none")
-    assert Path(_C.__file__).stat().st_size < (8 if with_cuda else 2) * MEGABYTE
+    assert Path(_C.__file__).stat().st_size < (8 if with_cuda else 3) * MEGABYTE
 
 
 @pytest.mark.nvcc

@@ -255,6 +255,19 @@ def test_random_bits_do_not_depend_on_threads(states, threads):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_states_are_rounded_up_as_often_as_they_should_and_independently():
+    param = torch.nn.Parameter(torch.zeros(1 << 18))
+    param.grad = torch.full_like(param, 1 + 3 / 1024)  # 0.375 of a bfloat16 above 1; its square 0.75
+    optimizer = fastopt.Adam([param], lr=0.0, betas=(0.0, 0.0), states="bfloat16")
+    optimizer.step()
+    state = optimizer.state[param]
+    up = torch.stack([state["exp_avg"] > 1, state["exp_avg_sq"] > 1]).float()
+    spread = 4 / param.numel() ** 0.5  # four standard deviations of a mean, at most
+    assert (up.mean(1) - torch.tensor([0.375, 0.75])).abs().max() < spread
+    neighbours = torch.corrcoef(torch.cat([up[:, 1:], up[:, :-1]]))
+    assert (neighbours - torch.eye(4)).abs().max() < spread
+
+
 # Checkpoints.
 
 

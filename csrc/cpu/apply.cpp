@@ -7,33 +7,32 @@
 #include <cstring>
 
 #include "../rules/rules.h"
+#include "arrays.h"
 #include "chunks.h"
 #include "tile.h"
 
 namespace fastopt::cpu {
 namespace {
 
-template <class T>
-constexpr Format kNative = sizeof(T) == 8 ? Format::kFloat64 : Format::kFloat32;
-
-// The strides of arrays, known when the innermost loop is compiled.
-struct Unit {
-  int64_t operator[](int) const { return 1; }
-};
-
-// The innermost loop: n elements of T, tensors and their strides in slot order.
-template <class Rule, int kStates, class T, class Strides>
-void update(const typename Rule::template Scalars<T>& scalars, T* const* tensor,
-            const Strides& stride, int64_t n) {
+// The innermost loop: n elements of a parameter, its gradient and its states, computed in T. What
+// rounding takes random bits from are the step's seed and the first element's index in the whole
+// parameter.
+template <class Rule, int kStates, class T, class Param, class Grad, class State>
+void update(const typename Rule::template Scalars<T>& scalars, Param param, Grad grad,
+            const State* states, int64_t n, uint32_t seed = 0, uint32_t first = 0) {
   const typename Rule::template Scalars<T> k = scalars;
-  T* const p = tensor[kParam];
-  const T* const g = tensor[kGrad];
+  State state[kStates + 1];  // one more than needed: C++ has no arrays of zero elements
+  for (int j = 0; j < kStates; ++j) state[j] = states[j];
   FASTOPT_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
-    T s[kStates + 1];  // one more than needed: C++ has no arrays of zero elements
-    for (int j = 0; j < kStates; ++j) s[j] = tensor[kState + j][i * stride[kState + j]];
-    Rule::template update<T, kStates>(k, p[i * stride[kParam]], g[i * stride[kGrad]], s);
-    for (int j = 0; j < kStates; ++j) tensor[kState + j][i * stride[kState + j]] = s[j];
+    T p = param.load(i), s[kStates + 1];
+    for (int j = 0; j < kStates; ++j) s[j] = state[j].load(i);
+    Rule::template update<T, kStates>(k, p, grad.load(i), s);
+    const auto random = [=](int place) {  // asked for only where a format takes it
+      return random_of(seed, place).bits(first + static_cast<uint32_t>(i));
+    };
+    param.store(i, p, random(kParam));
+    for (int j = 0; j < kStates; ++j) state[j].store(i, s[j], random(kState + j));
   }
 }
 
@@ -76,9 +75,9 @@ __attribute__((noinline)) void load_tensor(const Elements& elements, int i, T* t
 template <class T>
 __attribute__((noinline)) void store_tensor(const Elements& elements, int i, const T* from,
                                             uint32_t seed, const uint32_t* index) {
-  const uint32_t key = is_random(elements.work.format[i]) ? key_of(seed, i) : 0;
+  const Random random = random_of(seed, i);
   elements.for_each_view(i, [&](const View& view, int64_t at) {
-    store(view, elements.run, from + at, {key, index + at});
+    store(view, elements.run, from + at, {random, index + at});
   });
 }
 
@@ -128,25 +127,26 @@ void update_tile(const Elements& elements, const Advanced<Rule, T>& advanced) {
   constexpr int kCount = kState + kStates;
   const Work& work = elements.work;
   const int count = tensor_count(kStates, work.format[kParam]);
-  const bool rescale = work.grad_scale != 1, clip = work.clip != 1;
+  const bool rescale = work.grad_scale != 1;
   alignas(64) T buffer[kCount][kTile];
   alignas(64) uint32_t index[kTile];
-  T* tensor[kCount];
+  Array<T> tensor[kCount];
   for (int i = 0; i < kCount; ++i) {
-    const bool in_place = elements.slot.layout == kDense && work.format[i] == kNative<T> &&
-                          !(i == kGrad && (rescale || clip));
-    tensor[i] = in_place ? static_cast<T*>(elements.slot.data[i]) + elements.begin : buffer[i];
+    const bool in_place = elements.slot.layout == kDense && work.format[i] == kFormatOf<T> &&
+                          !(i == kGrad && rescale);
+    tensor[i] = {in_place ? at<T>(elements.slot, i, elements.begin) : buffer[i]};
     if (!in_place) load_tensor(elements, i, buffer[i]);
   }
   if (count > kCount) load_tensor(elements, kCount, buffer[kParam]);  // completes a split parameter
-  if (rescale || clip) {
-    scale_gradient(buffer[kGrad], elements.n, work);
-    if (rescale) store_tensor(elements, kGrad, buffer[kGrad], 0, index);
-  }
-  update<Rule, kStates, T>(advanced.k, tensor, Unit{}, elements.n);
+  const bool clipped = tensor[kGrad].data == buffer[kGrad];
+  if (clipped) scale_gradient(buffer[kGrad], elements.n, work);
+  if (rescale) store_tensor(elements, kGrad, buffer[kGrad], 0, index);
+  update<Rule, kStates, T>(advanced.k, tensor[kParam],
+                           Clipped<Array<T>>{tensor[kGrad], clipped ? 1 : work.clip},
+                           tensor + kState, elements.n);
   if (any_random(work)) find_indices(elements, count, index);
   for (int i = 0; i < kCount; ++i) {
-    if (i != kGrad && tensor[i] == buffer[i]) {
+    if (i != kGrad && tensor[i].data == buffer[i]) {
       store_tensor(elements, i, buffer[i], advanced.seed, index);
     }
   }
@@ -162,13 +162,13 @@ void update_strided(const Work& work, const Advanced<Rule, T>& advanced, const S
   const int64_t* const layout = work.layouts + slot.layout;
   if (native && layout[0] == 1) {
     const int64_t begin = chunk * kChunk;
-    T* tensor[kCount];
-    int64_t stride[kCount];
+    Strided<T> tensor[kCount];
     for (int i = 0; i < kCount; ++i) {
-      stride[i] = *layout_of(layout, i).stride;
-      tensor[i] = static_cast<T*>(slot.data[i]) + begin * stride[i];
+      const int64_t stride = *layout_of(layout, i).stride;
+      tensor[i] = {at<T>(slot, i, begin * stride), stride};
     }
-    return update<Rule, kStates, T>(advanced.k, tensor, stride,
+    return update<Rule, kStates, T>(advanced.k, tensor[kParam],
+                                    Clipped<Strided<T>>{tensor[kGrad], work.clip}, tensor + kState,
                                     smaller(kChunk, slot.numel - begin));
   }
   // Elements may be taken in any order: the chunk is its share of the slot's tiles.
@@ -197,25 +197,119 @@ void update_blocks(const Work& work, const Advanced<Rule, float>& advanced, cons
   }
 }
 
+// Tables of which the innermost loop takes every element from memory itself and brings it back:
+// nothing waits for a buffer. They are those that users are told of; what is left out has a
+// gradient scale, another mixture of formats, or strides.
+//
+// Processors without FMA go without: there arithmetic is what takes the time.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kDirect = true;
+#else
+constexpr bool kDirect = false;
+#endif
+
+template <class Rule, int kStates, class Param, class Grad, class State>
+bool update_directly(const Work& work, const Advanced<Rule, float>& advanced, const Slot& slot,
+                     int64_t chunk) {
+  bool fits = work.format[kParam] == Param::kFormat && work.format[kGrad] == Grad::kFormat;
+  for (int j = 0; j < kStates; ++j) fits = fits && work.format[kState + j] == State::kFormat;
+  if (!fits) return false;
+  constexpr int kRest = kState + kStates;
+  const int64_t begin = chunk * kChunk, n = smaller(kChunk, slot.numel - begin);
+  State state[kStates + 1];
+  for (int j = 0; j < kStates; ++j) state[j] = State::of(slot, kState + j, kRest, begin);
+  with_clipped(Grad::of(slot, kGrad, kRest, begin), work.clip, [&](auto grad) {
+    update<Rule, kStates, float>(advanced.k, Param::of(slot, kParam, kRest, begin), grad, state, n,
+                                 advanced.seed, slot.first_index + static_cast<uint32_t>(begin));
+  });
+  return true;
+}
+
+// Likewise of a chunk of blocks.
+template <class Rule, int kStates, class Param, class Grad>
+bool update_blocks_directly(const Work& work, const Advanced<Rule, float>& advanced,
+                            const Slot& slot, int64_t chunk) {
+  const Blocks blocks(slot.numel, slot.rows);
+  bool fits = work.format[kParam] == Param::kFormat && work.format[kGrad] == Grad::kFormat &&
+              slot.layout == kDense && work.grad_scale == 1 && blocks.row >= kBlock;
+  for (int j = 0; j < kStates; ++j) fits = fits && is_block(work.format[kState + j]);
+  if (!fits) return false;
+  constexpr int kRest = kState + kStates;
+  const int64_t in_chunk = blocks_in_chunk(blocks);
+  const int64_t end = smaller((chunk + 1) * in_chunk, slot.rows * blocks.in_row);
+  for (int64_t block = chunk * in_chunk; block < end; ++block) {
+    const int64_t begin = blocks.begin(block), n = blocks.begin(block + 1) - begin;
+    const uint32_t index = slot.first_index + static_cast<uint32_t>(begin);
+    alignas(64) float value[kStates + 1][kBlock];
+    Codes state[kStates + 1];
+    for (int j = 0; j < kStates; ++j) {
+      const uint8_t* const codes = at<uint8_t>(slot, kState + j, 0);
+      state[j] = codes_of(work.format[kState + j], codes + begin, codes[slot.numel + block]);
+      state[j].values = value[j];
+    }
+    with_clipped(Grad::of(slot, kGrad, kRest, begin), work.clip, [&](auto grad) {
+      update<Rule, kStates, float>(advanced.k, Param::of(slot, kParam, kRest, begin), grad, state,
+                                   n);
+    });
+    for (int j = 0; j < kStates; ++j) {
+      const int place = kState + j;
+      uint8_t* const codes = at<uint8_t>(slot, place, 0);
+      store_block(work.format[place], value[j], n, codes + begin, codes + slot.numel + block,
+                  random_of(advanced.seed, place), index);
+    }
+  }
+  return true;
+}
+
 template <class Rule, int kStates, class T>
 void update_chunk(const Work& work, const Advanced<Rule, T>& advanced, const Slot& slot,
                   int64_t chunk) {
   constexpr int kCount = kState + kStates;
+  constexpr bool kStochastic = kDirect && kStates > 0;
+  using Single = Array<float>;
+  using Half = Array<BFloat16>;
+  using StochasticHalf = Array<StochasticBFloat16>;
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (slot.rows != 0) return update_blocks<Rule, kStates>(work, advanced, slot, chunk);
+    if (slot.rows != 0) {
+      if constexpr (kDirect && kStates > 0) {
+        if (update_blocks_directly<Rule, kStates, Single, Single>(work, advanced, slot, chunk) ||
+            update_blocks_directly<Rule, kStates, Halves, Half>(work, advanced, slot, chunk)) {
+          return;
+        }
+      }
+      return update_blocks<Rule, kStates>(work, advanced, slot, chunk);
+    }
   }
   // All are T in memory: nothing to convert.
-  bool native = work.grad_scale == 1 && work.clip == 1;
-  for (int i = 0; i < kCount; ++i) native = native && work.format[i] == kNative<T>;
+  bool native = work.grad_scale == 1;
+  for (int i = 0; i < kCount; ++i) native = native && work.format[i] == kFormatOf<T>;
   if (slot.layout != kDense) {
     return update_strided<Rule, kStates, T>(work, advanced, slot, chunk, native);
   }
   const int64_t chunk_begin = chunk * kChunk;
   const int64_t end = smaller(chunk_begin + kChunk, slot.numel);
   if (native) {
-    T* tensor[kCount];
-    for (int i = 0; i < kCount; ++i) tensor[i] = static_cast<T*>(slot.data[i]) + chunk_begin;
-    return update<Rule, kStates, T>(advanced.k, tensor, Unit{}, end - chunk_begin);
+    Array<T> tensor[kCount];
+    for (int i = 0; i < kCount; ++i) tensor[i] = {at<T>(slot, i, chunk_begin)};
+    return update<Rule, kStates, T>(advanced.k, tensor[kParam],
+                                    Clipped<Array<T>>{tensor[kGrad], work.clip}, tensor + kState,
+                                    end - chunk_begin);
+  }
+  if constexpr (kDirect && sizeof(T) == sizeof(float)) {
+    if (work.grad_scale == 1) {
+      if (update_directly<Rule, kStates, Half, Half, Half>(work, advanced, slot, chunk) ||
+          update_directly<Rule, kStates, Halves, Half, Single>(work, advanced, slot, chunk)) {
+        return;
+      }
+      if constexpr (kStochastic) {
+        if (update_directly<Rule, kStates, Single, Single, StochasticHalf>(work, advanced, slot,
+                                                                           chunk) ||
+            update_directly<Rule, kStates, Halves, Half, StochasticHalf>(work, advanced, slot,
+                                                                         chunk)) {
+          return;
+        }
+      }
+    }
   }
   for (int64_t begin = chunk_begin; begin < end; begin += kTile) {
     const int64_t n = smaller(kTile, end - begin);

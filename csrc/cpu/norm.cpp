@@ -31,11 +31,10 @@ void add_squares(const T* from, int64_t n, double (&lane)[kLanes]) {
 
 template <class T>
 double sum_chunk(const Work& work, const Slot& slot, int64_t chunk) {
-  constexpr Format kNative = sizeof(T) == 8 ? Format::kFloat64 : Format::kFloat32;
   const Format format = work.format[kGrad];
   const int64_t end = smaller((chunk + 1) * kChunk, slot.numel);
   double lane[kLanes] = {};
-  if (slot.layout == kDense && format == kNative) {
+  if (slot.layout == kDense && format == kFormatOf<T>) {
     const int64_t begin = chunk * kChunk;
     add_squares(static_cast<const T*>(slot.data[kGrad]) + begin, end - begin, lane);
     return add_lanes(lane);

@@ -7,16 +7,7 @@
 #include <type_traits>
 
 #include "../slot.h"
-
-// The iterations of the loop that follows do not touch each other's memory: it may be vectorised.
-// Where it would not pay, with strides, unrolling takes a quarter off its time.
-#ifdef __clang__
-#define FASTOPT_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#define FASTOPT_UNROLL _Pragma("unroll 8")
-#else
-#define FASTOPT_INDEPENDENT _Pragma("GCC ivdep")
-#define FASTOPT_UNROLL _Pragma("GCC unroll 8")
-#endif
+#include "arrays.h"
 
 namespace fastopt::cpu {
 namespace {
@@ -225,21 +216,21 @@ inline void join(const View& view, float* to) {
 }
 
 // What rounding a tile's elements takes random bits from.
-struct Random {
-  uint32_t key;
+struct TileRandom {
+  Random of;
   const uint32_t* index;  // of each in the whole parameter
+
+  FASTOPT_RULE uint32_t bits(int64_t i) const { return of.bits(index[i]); }
 };
 
 template <class E, class T>
-inline void store(const View& view, const T* from, const Random& random) {
+inline void store(const View& view, const T* from, const TileRandom& random) {
   E* const to = static_cast<E*>(view.data);
-  const uint32_t* const index = random.index;
-  const uint32_t key = random.key;
   walk(
       view,
       [=](int64_t in_memory, int64_t in_buffer) {
         if constexpr (std::is_same_v<E, StochasticBFloat16>) {
-          to[in_memory] = narrow<E>(from[in_buffer], random_bits(key, index[in_buffer]));
+          to[in_memory] = narrow<E>(from[in_buffer], random.bits(in_buffer));
         } else {
           to[in_memory] = narrow<E>(from[in_buffer]);
         }
@@ -272,13 +263,6 @@ template <class Kind>
 void load_blocks(const View& view, const Run& run, float* to) {
   const uint8_t* const codes = static_cast<const uint8_t*>(view.data) + view.offset;
   const uint8_t* const scales = static_cast<const uint8_t*>(view.data) + run.numel + run.first;
-  if (run.blocks.row >= kBlock) {
-    return run.for_each([=](int64_t block, int64_t begin, int64_t n) {
-      const uint32_t base = base_of<Kind>(scales[block]);
-      FASTOPT_INDEPENDENT
-      for (int64_t i = begin; i < begin + n; ++i) to[i] = decode<Kind>(codes[i], base);
-    });
-  }
   alignas(64) uint32_t base[kTile];
   run.for_each([&](int64_t block, int64_t begin, int64_t n) {
     for (int64_t i = begin; i < begin + n; ++i) base[i] = base_of<Kind>(scales[block]);
@@ -288,11 +272,11 @@ void load_blocks(const View& view, const Run& run, float* to) {
 }
 
 template <class Kind>
-void store_blocks(const View& view, const Run& run, const float* from, const Random& random) {
+void store_blocks(const View& view, const Run& run, const float* from, const TileRandom& random) {
   uint8_t* const codes = static_cast<uint8_t*>(view.data) + view.offset;
   uint8_t* const scales = static_cast<uint8_t*>(view.data) + run.numel + run.first;
-  const uint32_t* const index = random.index;  // copies: for all the compiler knows, a store of
-  const uint32_t key = random.key;             // bytes could change anything
+  const TileRandom own =
+      random;  // for all the compiler knows, a store of bytes could change another's
   const int64_t numel = view.ahead;
   alignas(64) uint32_t magnitude[kTile];
   FASTOPT_INDEPENDENT
@@ -310,7 +294,7 @@ void store_blocks(const View& view, const Run& run, const float* from, const Ran
   });
   FASTOPT_INDEPENDENT
   for (int64_t i = 0; i < numel; ++i) {
-    codes[i] = encode<Kind>(from[i], bases[i], Kind::kSigned ? 0 : random_bits(key, index[i]));
+    codes[i] = encode<Kind>(from[i], bases[i], Kind::kSigned ? 0 : own.bits(i));
   }
 }
 
@@ -328,7 +312,7 @@ inline void load(const View& view, const Run* run, float* to) {
   }
 }
 
-inline void store(const View& view, const Run* run, const float* from, const Random& random) {
+inline void store(const View& view, const Run* run, const float* from, const TileRandom& random) {
   switch (view.format) {
     case Format::kFloat32: return store<float>(view, from, random);
     case Format::kBFloat16: return store<BFloat16>(view, from, random);
@@ -343,7 +327,7 @@ inline void store(const View& view, const Run* run, const float* from, const Ran
 }
 
 inline void load(const View& view, const Run*, double* to) { load<double>(view, to); }
-inline void store(const View& view, const Run*, const double* from, const Random& random) {
+inline void store(const View& view, const Run*, const double* from, const TileRandom& random) {
   store<double>(view, from, random);
 }
 

@@ -281,14 +281,14 @@ struct Turn {
   template <int N>
   __device__ void pack(int j, const T* from, uint32_t base, uint32_t index, int first,
                        Vector& vector) const {
-    const Rounding rounding{key_of(advanced.seed, j), base};
+    const Rounding rounding{random_of(advanced.seed, j), base};
     if constexpr (Formats::kOpen) {
       if (role(j) != Role::kRemainder) {
         Numbers numbers{};
 #pragma unroll
         for (int i = 0; i < N; ++i) numbers.x[i] = from[i];
         vector = is_in_blocks(j) ? pack_codes(numbers, format(j), rounding, index)
-                                 : pack_any(numbers, format(j), rounding.key, index);
+                                 : pack_any(numbers, format(j), rounding.random, index);
         return;
       }
     }

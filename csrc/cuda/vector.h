@@ -40,9 +40,10 @@ __device__ void with_type(Role role, Format format, Use use) {
   }
 }
 
-// How numbers of one tensor are rounded: the key of its random bits, the base of their block.
+// How numbers of one tensor are rounded: their random bits, the base of their block.
 struct Rounding {
-  uint32_t key, base;
+  Random random;
+  uint32_t base;
 };
 
 // Between an element in memory and its number. A remainder completes the number that the
@@ -63,11 +64,11 @@ __device__ void write_element(T x, const Rounding&, uint32_t, E& to) {
 }
 __device__ void write_element(float x, const Rounding& rounding, uint32_t index,
                               StochasticBFloat16& to) {
-  to = narrow<StochasticBFloat16>(x, random_bits(rounding.key, index));
+  to = narrow<StochasticBFloat16>(x, rounding.random.bits(index));
 }
 template <class Kind>
 __device__ void write_element(float x, const Rounding& rounding, uint32_t index, Code<Kind>& to) {
-  to = {encode<Kind>(x, rounding.base, Kind::kSigned ? 0 : random_bits(rounding.key, index))};
+  to = {encode<Kind>(x, rounding.base, Kind::kSigned ? 0 : rounding.random.bits(index))};
 }
 
 // A few neighbours in one tensor, at most 16 bytes, between memory and arithmetic.
@@ -195,9 +196,10 @@ __device__ __noinline__ Numbers unpack_any(Vector vector, Format format) {
   unpack<kAnyPiece>(vector, 0, Role::kParam, format, 0, to.x);
   return to;
 }
-__device__ __noinline__ Vector pack_any(Numbers from, Format format, uint32_t key, uint32_t index) {
+__device__ __noinline__ Vector pack_any(Numbers from, Format format, Random random,
+                                        uint32_t index) {
   Vector to;
-  pack<kAnyPiece>(from.x, Role::kParam, format, {key, 0}, index, 0, to);
+  pack<kAnyPiece>(from.x, Role::kParam, format, {random, 0}, index, 0, to);
   return to;
 }
 __device__ __noinline__ Vector pack_codes(Numbers from, Format format, Rounding rounding,

@@ -3,7 +3,7 @@
 namespace fastopt {
 namespace {
 
-constexpr uint32_t kNearest = 0x80000000u;  // random bits that round up from one half on
+constexpr uint32_t kNearest = 0x8000u;  // random bits that round up from one half on
 
 // Calls visit(begin, n, scale) for every block: its elements, and where its scale is.
 template <class Visit>

@@ -54,11 +54,17 @@ FASTOPT_RULE uint32_t base_of(uint32_t scale) {
   return (scale - Kind::kOctaves) << 23;
 }
 
+// The bit of a code that is the number's sign.
+template <class Kind>
+constexpr uint32_t kSignBit = Kind::kSigned ? 0x80 : 0;
+
+FASTOPT_RULE float decode(uint8_t code, uint32_t base, uint32_t sign_bit) {
+  const uint32_t magnitude = code & ~sign_bit, sign = (code & sign_bit) << 24;
+  return bit_cast<float>((magnitude != 0 ? (magnitude << 20) + base : 0) | sign);
+}
 template <class Kind>
 FASTOPT_RULE float decode(uint8_t code, uint32_t base) {
-  const uint32_t magnitude = Kind::kSigned ? code & 0x7Fu : code;
-  const uint32_t sign = Kind::kSigned ? (uint32_t{code} & 0x80u) << 24 : 0;
-  return bit_cast<float>((magnitude != 0 ? (magnitude << 20) + base : 0) | sign);
+  return decode(code, base, kSignBit<Kind>);
 }
 
 template <class Kind>
@@ -70,7 +76,7 @@ FASTOPT_RULE uint8_t encode(float x, uint32_t base, uint32_t random) {
     const uint32_t sign = bit_cast<uint32_t>(x) >> 24 & 0x80u;
     return static_cast<uint8_t>((rounded < 0 ? 0 : rounded) | static_cast<int32_t>(sign));
   } else {
-    const int32_t rounded = (above + static_cast<int32_t>(random >> 12)) >> 20;
+    const int32_t rounded = (above + static_cast<int32_t>(random << 4)) >> 20;
     return static_cast<uint8_t>(magnitude == 0 ? 0 : rounded < 1 ? 1 : rounded);
   }
 }

@@ -23,6 +23,20 @@ enum class Format : uint8_t {
   kBlockUnsigned,  // likewise, of what is never negative; rounded stochastically
 };
 
+// The format that an array of E has.
+template <class E>
+constexpr Format kFormatOf = Format::kFloat32;
+template <>
+inline constexpr Format kFormatOf<double> = Format::kFloat64;
+template <>
+inline constexpr Format kFormatOf<BFloat16> = Format::kBFloat16;
+template <>
+inline constexpr Format kFormatOf<Float16> = Format::kFloat16;
+template <>
+inline constexpr Format kFormatOf<StochasticBFloat16> = Format::kBFloat16Stochastic;
+template <>
+inline constexpr Format kFormatOf<SplitBFloat16> = Format::kSplit;
+
 // Whether rounding to it takes random bits.
 FASTOPT_RULE constexpr bool is_random(Format format) {
   return format == Format::kBFloat16Stochastic || format == Format::kBlockUnsigned;

@@ -23,13 +23,15 @@ FASTOPT_RULE uint32_t seed_of(double step) {
   return mix(static_cast<uint32_t>(bits) ^ mix(static_cast<uint32_t>(bits >> 32)));
 }
 
-// Of a tensor in a step; its role is its place in the slot.
-FASTOPT_RULE uint32_t key_of(uint32_t seed, int place) {
-  return mix(seed + 0x9E3779B9u * static_cast<uint32_t>(place));
-}
+// What the elements of a tensor are rounded with in a step: 16 bits for each index. A hash has 32,
+// and is shared with a neighbouring place of the slot.
+struct Random {
+  uint32_t key, shift;
 
-FASTOPT_RULE uint32_t random_bits(uint32_t key, uint32_t index) {
-  return mix(key ^ (index * 0x9E3779B9u));
+  FASTOPT_RULE uint32_t bits(uint32_t index) const { return mix(key + index) >> shift & 0xFFFFu; }
+};
+FASTOPT_RULE Random random_of(uint32_t seed, int place) {
+  return {mix(seed + 0x9E3779B9u * static_cast<uint32_t>(place / 2)), place % 2 * 16u};
 }
 
 // bfloat16 as kept where averages are: rounded up as often as the part that is dropped is large, so
@@ -49,7 +51,7 @@ FASTOPT_RULE To narrow(From x, uint32_t) {
 template <>
 FASTOPT_RULE StochasticBFloat16 narrow<StochasticBFloat16>(float x, uint32_t random) {
   const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + (random >> 16)) >> 16;
+  const uint32_t rounded = (bits + random) >> 16;
   return {static_cast<uint16_t>(x != x ? 0x7FC0u : rounded)};
 }
 

@@ -109,13 +109,10 @@ def seed_of(step):
 
 
 @triton.jit
-def key_of(seed, PLACE: tl.constexpr):
-    return mix(seed + ((0x9E3779B9 * PLACE) & 0xFFFFFFFF))
-
-
-@triton.jit
-def random_bits(key, index):
-    return mix(key ^ (index * 0x9E3779B9))
+def random_bits(seed, PLACE: tl.constexpr, index):
+    """16 for each index; a hash has 32, and is shared with a neighbouring place of the slot."""
+    key = mix(seed + ((0x9E3779B9 * (PLACE // 2)) & 0xFFFFFFFF))
+    return (mix(key + index) >> (PLACE % 2 * 16)) & 0xFFFF
 
 
 # split.h
@@ -175,7 +172,7 @@ def encode(FORMAT: tl.constexpr, x, base, random):
         rounded = tl.maximum((above + 0x7FFFF + ((above >> 20) & 1)) >> 20, 0)
         code = rounded.to(tl.uint32) | ((x.to(tl.uint32, bitcast=True) >> 24) & 0x80)
     else:
-        rounded = tl.maximum((above + (random >> 12).to(tl.int32)) >> 20, 1)
+        rounded = tl.maximum((above + (random << 4).to(tl.int32)) >> 20, 1)
         code = tl.where(magnitude == 0, 0, rounded.to(tl.uint32))
     return code.to(tl.uint8)
 
@@ -234,7 +231,7 @@ def store(FORMAT: tl.constexpr, at, x, mask, random=None, scale_at=None, block_m
     elif FORMAT == "remainder":
         tl.store(at, split_bits(x).to(tl.uint16).to(tl.int16, bitcast=True), mask)
     elif FORMAT == "bfloat16 stochastic":
-        rounded = (x.to(tl.uint32, bitcast=True) + (random >> 16)) >> 16
+        rounded = (x.to(tl.uint32, bitcast=True) + random) >> 16
         tl.store(at, tl.where(x != x, 0x7FC0, rounded).to(tl.uint16), mask)
     elif FORMAT == "bfloat16":
         tl.store(at, bfloat16_bits(x).to(tl.uint16), mask)

@@ -19,7 +19,6 @@ from fastopt.triton.formats import (
     is_narrow,
     is_random,
     join,
-    key_of,
     load,
     nearest,
     pointer,
@@ -243,7 +242,7 @@ def element(address, FORMAT: tl.constexpr, i, VECTOR: tl.constexpr):
 def random(FORMATS: tl.constexpr, PLACE: tl.constexpr, k, index):
     """What rounding the elements of a tensor takes, of these indices in the whole parameter."""
     if is_random(format_at(FORMATS, PLACE)):
-        return random_bits(key_of(tl.load(seed_at(k)), PLACE), index)
+        return random_bits(tl.load(seed_at(k)), PLACE, index)
     else:
         return index  # it is not used
 

@@ -95,7 +95,7 @@ def test_wheel_builds_in_isolation_without_torch_and_cuda(checkout, build_tools,
     wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, checkout]
     run(*wheel, env={**os.environ, "FASTOPT_CUDA": "OFF"})
     (wheel,) = tmp_path.glob("fastopt-*.whl")
-    assert wheel.stat().st_size < MEGABYTE
+    assert wheel.stat().st_size < 2 * MEGABYTE
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
         names = archive.namelist()

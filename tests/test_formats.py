@@ -257,7 +257,8 @@ def test_random_bits_do_not_depend_on_threads(states, threads):
 
 def test_states_are_rounded_up_as_often_as_they_should_and_independently():
     param = torch.nn.Parameter(torch.zeros(1 << 18))
-    param.grad = torch.full_like(param, 1 + 3 / 1024)  # 0.375 of a bfloat16 above 1; its square 0.75
+    # 0.375 of the way from 1 to the next bfloat16; its square 0.75.
+    param.grad = torch.full_like(param, 1 + 3 / 1024)
     optimizer = fastopt.Adam([param], lr=0.0, betas=(0.0, 0.0), states="bfloat16")
     optimizer.step()
     state = optimizer.state[param]

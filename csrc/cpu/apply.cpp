@@ -157,9 +157,11 @@ void update_tile(const Elements& elements, const Advanced<Rule, T>& advanced) {
 // elements can be computed where they lie.
 template <class Rule, int kStates, class T>
 void update_strided(const Work& work, const Advanced<Rule, T>& advanced, const Slot& slot,
-                    int64_t chunk, bool native) {
+                    int64_t chunk) {
   constexpr int kCount = kState + kStates;
   const int64_t* const layout = work.layouts + slot.layout;
+  bool native = work.grad_scale == 1;  // all are T in memory
+  for (int i = 0; i < kCount; ++i) native = native && work.format[i] == kFormatOf<T>;
   if (native && layout[0] == 1) {
     const int64_t begin = chunk * kChunk;
     Strided<T> tensor[kCount];
@@ -181,37 +183,27 @@ void update_strided(const Work& work, const Advanced<Rule, T>& advanced, const S
   }
 }
 
-// A chunk of blocks, a tile being as many of them as there is room for.
-template <class Rule, int kStates>
-void update_blocks(const Work& work, const Advanced<Rule, float>& advanced, const Slot& slot,
-                   int64_t chunk) {
-  const Blocks blocks(slot.numel, slot.rows);
-  const int64_t in_chunk = blocks_in_chunk(blocks);
-  const int64_t end = smaller((chunk + 1) * in_chunk, slot.rows * blocks.in_row);
-  const int64_t in_tile = in_chunk * kTile / kChunk;
-  for (int64_t first = chunk * in_chunk; first < end; first += in_tile) {
-    const Run run{blocks, first, smaller(in_tile, end - first), slot.numel};
-    const int64_t begin = blocks.begin(first);
-    const int64_t n = blocks.begin(first + run.count) - begin;
-    update_tile<Rule, kStates, float>({work, slot, begin, n, &run, nullptr, nullptr}, advanced);
-  }
-}
-
-// Tables of which the innermost loop takes every element from memory itself and brings it back:
-// nothing waits for a buffer. They are those that users are told of; what is left out has a
-// gradient scale, another mixture of formats, or strides.
-//
-// Processors without FMA go without: there arithmetic is what takes the time.
+// Tables of which the innermost loop takes every element from memory itself and brings it back, so
+// that nothing waits for a buffer: those of T alone, and what users are told of. What is left has a
+// gradient scale, strides, or another mixture of formats. Processors without FMA have the first
+// only: with the others it is arithmetic that takes their time.
 #if defined(__FMA__) || defined(__aarch64__)
-constexpr bool kDirect = true;
+constexpr bool kHasFma = true;
 #else
-constexpr bool kDirect = false;
+constexpr bool kHasFma = false;
 #endif
 
-template <class Rule, int kStates, class Param, class Grad, class State>
-bool update_directly(const Work& work, const Advanced<Rule, float>& advanced, const Slot& slot,
-                     int64_t chunk) {
-  bool fits = work.format[kParam] == Param::kFormat && work.format[kGrad] == Grad::kFormat;
+template <class Param, class Grad>
+bool are_kept_as(const Work& work, const Slot& slot) {
+  return work.format[kParam] == Param::kFormat && work.format[kGrad] == Grad::kFormat &&
+         slot.layout == kDense && work.grad_scale == 1;
+}
+
+// Returns whether it could.
+template <class Rule, int kStates, class T, class Param, class Grad, class State>
+bool update_as(const Work& work, const Advanced<Rule, T>& advanced, const Slot& slot,
+               int64_t chunk) {
+  bool fits = are_kept_as<Param, Grad>(work, slot);
   for (int j = 0; j < kStates; ++j) fits = fits && work.format[kState + j] == State::kFormat;
   if (!fits) return false;
   constexpr int kRest = kState + kStates;
@@ -219,33 +211,49 @@ bool update_directly(const Work& work, const Advanced<Rule, float>& advanced, co
   State state[kStates + 1];
   for (int j = 0; j < kStates; ++j) state[j] = State::of(slot, kState + j, kRest, begin);
   with_clipped(Grad::of(slot, kGrad, kRest, begin), work.clip, [&](auto grad) {
-    update<Rule, kStates, float>(advanced.k, Param::of(slot, kParam, kRest, begin), grad, state, n,
-                                 advanced.seed, slot.first_index + static_cast<uint32_t>(begin));
+    update<Rule, kStates, T>(advanced.k, Param::of(slot, kParam, kRest, begin), grad, state, n,
+                             advanced.seed, slot.first_index + static_cast<uint32_t>(begin));
   });
   return true;
 }
 
-// Likewise of a chunk of blocks.
+using Single = Array<float>;
+using Half = Array<BFloat16>;
+using StochasticHalf = Array<StochasticBFloat16>;
+
+template <class Rule, int kStates, class T>
+bool update_directly(const Work& work, const Advanced<Rule, T>& advanced, const Slot& slot,
+                     int64_t chunk) {
+  const auto as = [&](auto param, auto grad, auto state) {
+    return update_as<Rule, kStates, T, decltype(param), decltype(grad), decltype(state)>(
+        work, advanced, slot, chunk);
+  };
+  if (as(Array<T>{}, Array<T>{}, Array<T>{})) return true;
+  if constexpr (kHasFma && sizeof(T) == sizeof(float)) {
+    if (as(Half{}, Half{}, Half{}) || as(Halves{}, Half{}, Single{})) return true;
+    if constexpr (kStates > 0) {
+      return as(Single{}, Single{}, StochasticHalf{}) || as(Halves{}, Half{}, StochasticHalf{});
+    }
+  }
+  return false;
+}
+
+// Likewise of blocks, whose codes are made when the last number of a block is there.
 template <class Rule, int kStates, class Param, class Grad>
-bool update_blocks_directly(const Work& work, const Advanced<Rule, float>& advanced,
-                            const Slot& slot, int64_t chunk) {
-  const Blocks blocks(slot.numel, slot.rows);
-  bool fits = work.format[kParam] == Param::kFormat && work.format[kGrad] == Grad::kFormat &&
-              slot.layout == kDense && work.grad_scale == 1 && blocks.row >= kBlock;
+bool update_blocks_as(const Work& work, const Advanced<Rule, float>& advanced, const Slot& slot,
+                      const Blocks& blocks, int64_t first, int64_t end) {
+  bool fits = are_kept_as<Param, Grad>(work, slot) && blocks.row >= kBlock;
   for (int j = 0; j < kStates; ++j) fits = fits && is_block(work.format[kState + j]);
   if (!fits) return false;
   constexpr int kRest = kState + kStates;
-  const int64_t in_chunk = blocks_in_chunk(blocks);
-  const int64_t end = smaller((chunk + 1) * in_chunk, slot.rows * blocks.in_row);
-  for (int64_t block = chunk * in_chunk; block < end; ++block) {
+  for (int64_t block = first; block < end; ++block) {
     const int64_t begin = blocks.begin(block), n = blocks.begin(block + 1) - begin;
-    const uint32_t index = slot.first_index + static_cast<uint32_t>(begin);
-    alignas(64) float value[kStates + 1][kBlock];
-    Codes state[kStates + 1];
+    alignas(64) float values[kStates][kBlock];
+    Codes state[kStates];
     for (int j = 0; j < kStates; ++j) {
       const uint8_t* const codes = at<uint8_t>(slot, kState + j, 0);
       state[j] = codes_of(work.format[kState + j], codes + begin, codes[slot.numel + block]);
-      state[j].values = value[j];
+      state[j].values = values[j];
     }
     with_clipped(Grad::of(slot, kGrad, kRest, begin), work.clip, [&](auto grad) {
       update<Rule, kStates, float>(advanced.k, Param::of(slot, kParam, kRest, begin), grad, state,
@@ -254,64 +262,47 @@ bool update_blocks_directly(const Work& work, const Advanced<Rule, float>& advan
     for (int j = 0; j < kStates; ++j) {
       const int place = kState + j;
       uint8_t* const codes = at<uint8_t>(slot, place, 0);
-      store_block(work.format[place], value[j], n, codes + begin, codes + slot.numel + block,
-                  random_of(advanced.seed, place), index);
+      store_block(work.format[place], values[j], n, codes + begin, codes + slot.numel + block,
+                  random_of(advanced.seed, place), slot.first_index + static_cast<uint32_t>(begin));
     }
   }
   return true;
 }
 
+// A chunk of blocks; where these go by way of buffers, a tile is as many as there is room for.
+template <class Rule, int kStates>
+void update_blocks(const Work& work, const Advanced<Rule, float>& advanced, const Slot& slot,
+                   int64_t chunk) {
+  const Blocks blocks(slot.numel, slot.rows);
+  const int64_t in_chunk = blocks_in_chunk(blocks);
+  const int64_t begin = chunk * in_chunk;
+  const int64_t end = smaller(begin + in_chunk, slot.rows * blocks.in_row);
+  if constexpr (kHasFma && kStates > 0) {
+    const auto as = [&](auto param, auto grad) {
+      return update_blocks_as<Rule, kStates, decltype(param), decltype(grad)>(work, advanced, slot,
+                                                                              blocks, begin, end);
+    };
+    if (as(Single{}, Single{}) || as(Halves{}, Half{})) return;
+  }
+  const int64_t in_tile = in_chunk * kTile / kChunk;
+  for (int64_t first = begin; first < end; first += in_tile) {
+    const Run run{blocks, first, smaller(in_tile, end - first), slot.numel};
+    const int64_t from = blocks.begin(first);
+    const int64_t n = blocks.begin(first + run.count) - from;
+    update_tile<Rule, kStates, float>({work, slot, from, n, &run, nullptr, nullptr}, advanced);
+  }
+}
+
 template <class Rule, int kStates, class T>
 void update_chunk(const Work& work, const Advanced<Rule, T>& advanced, const Slot& slot,
                   int64_t chunk) {
-  constexpr int kCount = kState + kStates;
-  constexpr bool kStochastic = kDirect && kStates > 0;
-  using Single = Array<float>;
-  using Half = Array<BFloat16>;
-  using StochasticHalf = Array<StochasticBFloat16>;
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (slot.rows != 0) {
-      if constexpr (kDirect && kStates > 0) {
-        if (update_blocks_directly<Rule, kStates, Single, Single>(work, advanced, slot, chunk) ||
-            update_blocks_directly<Rule, kStates, Halves, Half>(work, advanced, slot, chunk)) {
-          return;
-        }
-      }
-      return update_blocks<Rule, kStates>(work, advanced, slot, chunk);
-    }
+    if (slot.rows != 0) return update_blocks<Rule, kStates>(work, advanced, slot, chunk);
   }
-  // All are T in memory: nothing to convert.
-  bool native = work.grad_scale == 1;
-  for (int i = 0; i < kCount; ++i) native = native && work.format[i] == kFormatOf<T>;
-  if (slot.layout != kDense) {
-    return update_strided<Rule, kStates, T>(work, advanced, slot, chunk, native);
-  }
-  const int64_t chunk_begin = chunk * kChunk;
-  const int64_t end = smaller(chunk_begin + kChunk, slot.numel);
-  if (native) {
-    Array<T> tensor[kCount];
-    for (int i = 0; i < kCount; ++i) tensor[i] = {at<T>(slot, i, chunk_begin)};
-    return update<Rule, kStates, T>(advanced.k, tensor[kParam],
-                                    Clipped<Array<T>>{tensor[kGrad], work.clip}, tensor + kState,
-                                    end - chunk_begin);
-  }
-  if constexpr (kDirect && sizeof(T) == sizeof(float)) {
-    if (work.grad_scale == 1) {
-      if (update_directly<Rule, kStates, Half, Half, Half>(work, advanced, slot, chunk) ||
-          update_directly<Rule, kStates, Halves, Half, Single>(work, advanced, slot, chunk)) {
-        return;
-      }
-      if constexpr (kStochastic) {
-        if (update_directly<Rule, kStates, Single, Single, StochasticHalf>(work, advanced, slot,
-                                                                           chunk) ||
-            update_directly<Rule, kStates, Halves, Half, StochasticHalf>(work, advanced, slot,
-                                                                         chunk)) {
-          return;
-        }
-      }
-    }
-  }
-  for (int64_t begin = chunk_begin; begin < end; begin += kTile) {
+  if (slot.layout != kDense) return update_strided<Rule, kStates, T>(work, advanced, slot, chunk);
+  if (update_directly<Rule, kStates, T>(work, advanced, slot, chunk)) return;
+  const int64_t end = smaller((chunk + 1) * kChunk, slot.numel);
+  for (int64_t begin = chunk * kChunk; begin < end; begin += kTile) {
     const int64_t n = smaller(kTile, end - begin);
     update_tile<Rule, kStates, T>({work, slot, begin, n, nullptr, nullptr, nullptr}, advanced);
   }

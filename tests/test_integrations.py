@@ -207,18 +207,20 @@ def test_stable_baselines3():
     torch.testing.assert_close(told.state_dict(), stock.state_dict(), rtol=1e-4, atol=1e-5)
 
 
-def deepspeed_engine(cls, stage: int, allowed: bool = True, **kept):
+def deepspeed_engine(cls, stage: int, allowed: bool = True, offloaded: bool = False, **kept):
     import deepspeed
 
     model = make_wide_model(torch.float32)
+    zero = {"stage": stage} | ({"offload_optimizer": {"device": "cpu"}} if offloaded else {})
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=cls(model.parameters(), lr=0.01, **kept),
         config={
             "train_micro_batch_size_per_gpu": 2,
             "gradient_clipping": 0.5,
-            "zero_optimization": {"stage": stage},
+            "zero_optimization": zero,
             "zero_allow_untested_optimizer": allowed,
+            "zero_force_ds_cpu_optimizer": False,
         },
     )
     return engine
@@ -241,6 +243,8 @@ def under_deepspeed(folder, rank: int) -> None:
         deepspeed_engine(fastopt.AdamW, 1, allowed=False)
     for stage in (1, 2, 3):
         stock = train_deepspeed(deepspeed_engine(torch.optim.AdamW, stage, fused=True), range(3))
+        offloaded = deepspeed_engine(fastopt.AdamW, stage, offloaded=True)
+        torch.testing.assert_close(train_deepspeed(offloaded, range(3)), stock, rtol=1e-6, atol=0)
         for kept in ({}, {"states": "bfloat16"}):
             engine = deepspeed_engine(fastopt.AdamW, stage, **kept)
             seen = train_deepspeed(engine, range(3))

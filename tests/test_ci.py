@@ -62,6 +62,7 @@ def outcomes(pytester, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_in_ci_a_skip_is_a_failure_but_for_want_of_a_gpu_nvcc_or_a_named_package(outcomes, workers):
     counts, output = outcomes(ci="true", workers=workers)

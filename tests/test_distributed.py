@@ -392,6 +392,7 @@ def as_torch_does_in_one(rank: int) -> None:
     assert list(model.parameters())[-1].to_local().numel() == 1 - rank
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_torch_does_in_one(tmp_path):
     run_in_two_processes(as_torch_does_in_one, tmp_path)
 
@@ -644,6 +645,7 @@ def everything_of(begin: int, folder, rank: int) -> None:
     go_on(begin, folder)
 
 
+@pytest.mark.slow
 def test_llama_trains_as_with_torch_and_its_formats_resume_on_other_numbers_of_ranks(
     mesh, tmp_path
 ):

@@ -68,6 +68,7 @@ def digest(*tensors: Tensor) -> str:
     return sha.hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("instruction_set", AVAILABLE)
 def test_bits_do_not_depend_on_the_instruction_set(instruction_set, digests_here):
     script = subprocess.run(

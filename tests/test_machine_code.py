@@ -398,6 +398,7 @@ def test_multiply_adds_are_fused_where_a_rule_says_so_and_nowhere_else(kernels):
         assert 0 <= twice < elements, name
 
 
+@pytest.mark.slow
 def test_contraction_would_be_seen(tmp_path):
     """By the test above, were -fmad=false left out."""
     nvcc = tool("nvcc")

@@ -302,6 +302,7 @@ def test_trained_model_is_left_for_from_pretrained(tuning, arguments, tmp_path):
     assert again_figures["loss"] == pytest.approx(figures["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp2-offload"])
 def test_two_processes_compare_alike(way, arguments, tmp_path):
     assert finetune.main([*arguments, "--batch-size", "8"]) == 0
@@ -513,6 +514,7 @@ def test_topics_from_a_prepared_cache_needs_no_network(model, arguments, tmp_pat
     assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_script_runs_by_its_path(tmp_path):
     missing = tmp_path / "missing.csv"
     done = subprocess.run(

@@ -116,6 +116,7 @@ def dry_run(tmp_path_factory):
     return out, done
 
 
+@pytest.mark.slow
 def test_all_results_lie_flat_in_the_folder_asked_for(dry_run):
     out, done = dry_run
     assert done.returncode == 0, done.stdout + done.stderr
@@ -126,6 +127,7 @@ def test_all_results_lie_flat_in_the_folder_asked_for(dry_run):
     assert "fastopt" in (out / "run.log").read_text()
 
 
+@pytest.mark.slow
 def test_the_report_says_what_was_measured_and_how_each_part_ended(dry_run):
     out, _ = dry_run
     (file,) = out.glob("*.json")

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import step
 from throughput import rivals
 from throughput.rows import COLUMNS, regressions
@@ -38,6 +40,7 @@ def test_rows_of_one_workload(tmp_path):
     assert float(rows[1]["ratio"]) == 1
 
 
+@pytest.mark.slow
 def test_share_of_the_ceiling_where_memory_bounds_the_step(tmp_path):
     file = tmp_path / "rows.csv"
     done = run(
@@ -51,6 +54,7 @@ def test_share_of_the_ceiling_where_memory_bounds_the_step(tmp_path):
         assert float(row["ceiling_share"]) > 0
 
 
+@pytest.mark.slow
 def test_appended_rows_follow_those_that_are_there(tmp_path):
     file = tmp_path / "rows.csv"
     for name in ("adamw", "sgd"):
@@ -101,6 +105,7 @@ def test_only_what_is_slower_by_more_than_both_spreads_is_flagged():
     assert "mlp" in line
 
 
+@pytest.mark.slow
 def test_a_regression_is_an_error(tmp_path):
     file, faster = tmp_path / "rows.csv", tmp_path / "faster.csv"
     chosen = ["--workload", "one-tiny", "--optimizer", "adamw", *PAIR]

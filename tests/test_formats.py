@@ -269,6 +269,51 @@ def test_states_are_rounded_up_as_often_as_they_should_and_independently():
     assert (neighbours - torch.eye(4)).abs().max() < spread
 
 
+# What surrounds a step changes no bit of it.
+
+
+@every_format
+def test_a_scaled_loss_leaves_the_same_bits(kept, dtype):
+    plain = fastopt.AdamW(make_params(dtype), **kept)
+    scaled = fastopt.AdamW(make_params(dtype), **kept)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step in range(3):
+        train(plain, range(step, step + 1))
+        for param, own in zip(parameters(scaled), parameters(plain), strict=True):
+            scaler.scale((param * own.grad).sum()).backward()  # whose gradient it is
+        scaler.step(scaled)
+        scaler.update()
+        scaled.zero_grad()
+    assert_same_bits(plain, scaled)
+
+
+@every_format
+def test_a_step_in_the_backward_pass_leaves_the_same_bits(kept, dtype):
+    plain = fastopt.AdamW(make_params(dtype), **kept)
+    params = make_params(dtype)
+    each = {param: fastopt.AdamW([param], **kept) for param in params}
+    for param in params:
+        param.register_post_accumulate_grad_hook(lambda param: each[param].step())
+    for step in range(3):
+        train(plain, range(step, step + 1))
+        for param, own in zip(params, parameters(plain), strict=True):
+            param.grad = None
+            (param * own.grad).sum().backward()
+    for param, own in zip(params, parameters(plain), strict=True):
+        assert torch.equal(param, own)
+
+
+@every_format
+def test_a_tensor_as_learning_rate_leaves_the_same_bits(kept, dtype):
+    optimizers = [
+        fastopt.AdamW(make_params(dtype), lr=lr, **kept) for lr in (2.0**-7, torch.tensor(2.0**-7))
+    ]
+    for optimizer in optimizers:
+        train(optimizer, range(3))
+    for param, own in zip(*map(parameters, optimizers), strict=True):
+        assert torch.equal(param, own)
+
+
 # Checkpoints.
 
 

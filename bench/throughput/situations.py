@@ -215,8 +215,8 @@ class Sharded(Plain):
     CPUOffloadPolicy leaves to the step. All contenders step on the same, or large models had no
     room."""
 
-    bytes_per_element: ClassVar[int] = 16
-    shared_bytes_per_element: ClassVar[int] = 8
+    bytes_per_element: ClassVar[int] = 8  # two states
+    shared_bytes_per_element: ClassVar[int] = 16
     beside: ClassVar[weakref.WeakSet[Sharded]] = weakref.WeakSet()
 
     def __init__(self, shapes: Any, make: Make, dtype: torch.dtype, device: str) -> None:

@@ -117,6 +117,7 @@ def accelerate_shards(folder, rank: int) -> None:
         assert_accelerate_resumes(make, kept, dtype, folder / name)
 
 
+@pytest.mark.slow
 def test_accelerate_resumes_formats_that_it_shards(tmp_path):
     run_in_two_processes(partial(accelerate_shards, tmp_path), tmp_path)
 
@@ -256,6 +257,7 @@ def under_deepspeed(folder, rank: int) -> None:
             assert train_deepspeed(resumed, range(3, 6)) == straight
 
 
+@pytest.mark.slow
 @pytest.mark.needs("deepspeed")
 def test_deepspeed_zero(tmp_path):
     run_in_two_processes(partial(under_deepspeed, tmp_path), tmp_path)
@@ -301,6 +303,7 @@ def under_torchtitan(folder, rank: int) -> None:
     assert_equal(train(model, container, range(3, 6)), straight)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("torchtitan")
 def test_torchtitan(tmp_path):
     run_in_two_processes(partial(under_torchtitan, tmp_path), tmp_path)

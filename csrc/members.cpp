@@ -6,17 +6,18 @@ namespace fastopt {
 
 void collect(py::handle param_group, int group, std::vector<Member>& members) {
   static PyObject* const key = PyUnicode_InternFromString("params");
+  const Torch& torch = fastopt::torch();
   const py::tuple params = items_of(param_group[py::handle(key)]);
   members.reserve(members.size() + params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     PyObject* param = PyTuple_GET_ITEM(params.ptr(), i);
     if (i + 4 < params.size()) {
-      torch().prefetch(PyTuple_GET_ITEM(params.ptr(), i + 4), Ahead::kTensor);
+      torch.prefetch(PyTuple_GET_ITEM(params.ptr(), i + 4), Ahead::kTensor);
     }
     auto grad = py::reinterpret_steal<py::object>(grad_of(param));
     if (!grad) throw py::error_already_set();
     if (grad.is_none()) continue;
-    if (!torch().is_tensor(param) || !torch().is_tensor(grad)) {
+    if (!torch.is_tensor(param) || !torch.is_tensor(grad)) {
       throw NotOurs{"a parameter or gradient is no tensor"};
     }
     Member& member = members.emplace_back();

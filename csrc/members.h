@@ -22,10 +22,10 @@ struct Member {
   bool fresh_average = false;
   bool copied = false;  // not its gradient is stepped with, but a copy that memory shows as it is
 
-  FASTOPT_PREFETCHES void prefetch(Ahead ahead) const {
-    torch().prefetch(param.ptr(), ahead);
-    torch().prefetch(grad.ptr(), ahead);
-    for (const py::object& object : kept) torch().prefetch(object.ptr(), ahead);
+  FASTOPT_PREFETCHES void prefetch(const Torch& torch, Ahead ahead) const {
+    torch.prefetch(param.ptr(), ahead);
+    torch.prefetch(grad.ptr(), ahead);
+    for (const py::object& object : kept) torch.prefetch(object.ptr(), ahead);
   }
 };
 

@@ -151,21 +151,21 @@ void States::read_state(const Member& member, const py::object& value, const Kep
         "is missing, though others are there (was amsgrad turned on mid-run?); delete the "
         "parameter's state to start it anew");
   }
-  if (!torch().is_tensor(value)) refuse("is not a tensor; load_state_dict makes it one");
+  if (!torch_.is_tensor(value)) refuse("is not a tensor; load_state_dict makes it one");
   py::handle memory;
   try {
     memory = reader_.read(member.param, value, name.data(), out);
   } catch (const NotOurs& error) {
     refuse("cannot be read: " + error.reason + "; load a state_dict of this very model");
   }
-  if (torch().is_lazy(memory)) throw NotOurs{"a state is a conjugate or negative view"};
+  if (torch_.is_lazy(memory)) throw NotOurs{"a state is a conjugate or negative view"};
 }
 
 // The count beside its parameter, in a dtype that can count.
 void States::read_count(Member& member, const Kept& kept, DLDevice device, DLTensor* out) {
   py::object& value = member.kept[kept.place];
   if (!value && kept.ours) value = py::float_(0.0);
-  if (!value || torch().is_tensor(value)) {
+  if (!value || torch_.is_tensor(value)) {
     read_state(member, value, kept, out);
     const bool counts = out->dtype.code == kDLFloat && out->dtype.bits >= 32;
     if (counts && same(out->device, device)) return;

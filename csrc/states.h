@@ -54,13 +54,17 @@ class States {
   };
 
   std::vector<Kept> kept_with(const std::vector<Value>& options) const;
-  bool is_count(const Kept& kept) const;
   void make(std::vector<Member>& members);
   py::object first_of(const Kept& kept, int group) const;
-  void add_state(Member& member, const Kept& kept, Tensors& tensors, std::optional<Format> format);
-  void read_state(const Member& member, const py::object& value, const Kept& kept, DLTensor* out);
-  void read_count(Member& member, const Kept& kept, DLDevice device, DLTensor* out);
+  // Called for each tensor: as inline as if they were defined here.
+  inline bool is_count(const Kept& kept) const;
+  inline void add_state(Member& member, const Kept& kept, Tensors& tensors,
+                        std::optional<Format> format);
+  inline void read_state(const Member& member, const py::object& value, const Kept& kept,
+                         DLTensor* out);
+  inline void read_count(Member& member, const Kept& kept, DLDevice device, DLTensor* out);
 
+  const Torch& torch_ = torch();
   int rule_index_;
   const RuleInfo& rule_;
   Keeping keeping_;

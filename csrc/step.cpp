@@ -49,8 +49,8 @@ class Step {
     if (has_duplicates(members_)) throw NotOurs{"a parameter is given twice"};
     for (Member& member : members_) states_.find(member);
     for (size_t i = 0; i < members_.size(); ++i) {
-      if (i + 4 < members_.size()) members_[i + 4].prefetch(Ahead::kTensor);
-      if (i + 2 < members_.size()) members_[i + 2].prefetch(Ahead::kStorage);
+      if (i + 4 < members_.size()) members_[i + 4].prefetch(torch_, Ahead::kTensor);
+      if (i + 2 < members_.size()) members_[i + 2].prefetch(torch_, Ahead::kStorage);
       try {
         add(static_cast<int>(i));
       } catch (const std::invalid_argument& error) {

@@ -2,9 +2,11 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -24,25 +26,32 @@ OPTIONS = (
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
         if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
             sys.exit("fastopt needs a C++17 compiler to build; install g++ or clang++, or set CXX")
+        missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+        missing += [] if find_spec("pybind11") else ["pybind11"]
+        if missing:  # with --no-build-isolation
+            sys.exit(f"fastopt's build needs {', '.join(missing)}; pip install {' '.join(missing)}")
+        import pybind11
+
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         chosen = {name: os.environ[name] for name in OPTIONS if name in os.environ}
-        # CMake remembers options and compiler in its folder: other ones get another.
+        # What is compiled depends on these, and but for module.cpp and its like not on the Python:
+        # the CUDA kernels, which take minutes, are made once for all.
         kind = {**chosen, "CXX": os.environ.get("CXX", "")}
         folder = re.sub(r"[^\w.]+", "-", "-".join(map("=".join, kind.items())))
-        build = (ROOT / self.build_temp / folder).resolve()
+        build = ROOT / "build" / f"{self.plat_name}-{folder}"
+        # Objects stay. What CMake has found does not: Python, pip's isolated environment or the
+        # place of this clone may be another.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
         options = {
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "CMAKE_INSTALL_PREFIX": target,
-            # Remembered, too, but pip's isolated environment is another each time.
-            "CMAKE_MAKE_PROGRAM": shutil.which("ninja") or "ninja",
             **chosen,
         }
-        defines = [f"-D{name}={value}" for name, value in options.items()]
+        defines = shlex.split(os.environ.get("CMAKE_ARGS", ""))  # as packagers set it
+        defines += [f"-D{name}={value}" for name, value in options.items()]
         for command in (
             ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *defines],
             ["cmake", "--build", build, "--target", "install"],

@@ -48,9 +48,9 @@ PYBIND11_MODULE(_C, m) {
     counts[rules()[i].name.c_str()] = keys;
   }
   m.attr("counts") = counts;
-  m.attr("build") =
-      py::dict(py::arg("compiler") = FASTOPT_COMPILER, py::arg("cuda") = FASTOPT_CUDA_BUILD,
-               py::arg("instruction_set") = cpu::instruction_set());
+  m.attr("build") = py::dict(
+      py::arg("compiler") = FASTOPT_COMPILER, py::arg("cuda") = FASTOPT_CUDA_BUILD,
+      py::arg("instruction_set") = cpu::instruction_set(), py::arg("openmp") = cpu::openmp());
 }
 
 }  // namespace fastopt

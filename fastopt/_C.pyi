@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-build: dict[str, str]
+build: dict[str, Any]
 
 counts: dict[str, list[str]]
 """The numbers that a rule keeps for a parameter, by the rule's name; the step count first."""

@@ -62,6 +62,14 @@ def test_healthy_is_exit_code_0(main):
     assert "NOT healthy" not in printed
 
 
+def test_build_without_openmp_says_that_it_has_one_thread(main, monkeypatch):
+    monkeypatch.setitem(cli._C.build, "openmp", False)
+    code, printed = main()
+    assert code == 0
+    assert f"built with {cli._C.build['compiler']} without OpenMP" in printed
+    assert f"runs {cli._C.build['instruction_set']} code on 1 threads" in printed
+
+
 def test_optimizer_that_disagrees_with_torch_is_exit_code_1(main, monkeypatch):
     def of_twice_the_rate(params, lr, **options):
         return torch.optim.AdamW(params, lr=2 * lr, **options)

@@ -30,6 +30,9 @@ struct Work {
 // The name of the instruction set in use: "avx512", "avx2" or "baseline".
 const char* instruction_set();
 
+// Whether this build can step on more than one thread.
+bool openmp();
+
 // The sums of the squares of a table's gradients, one a chunk, and their sum. Needs no GIL.
 void sum_squares(const Table& table, double* sums, int threads);
 double total(const std::vector<double>& sums);

@@ -26,7 +26,7 @@ void for_each_chunk(const Work& work, Visit visit) {
   }
   // Where there are plenty, a thread takes several chunks in a row: longer streams, 4 % more
   // bandwidth.
-  const int64_t in_a_row = work.chunk_count < 256 * work.threads ? 4 : 16;
+  [[maybe_unused]] const int64_t in_a_row = work.chunk_count < 256 * work.threads ? 4 : 16;
   // Which thread takes a chunk must not decide its bits: all compute in the mode of the caller's.
   const FloatMode callers = float_mode();
 #pragma omp parallel num_threads(work.threads)

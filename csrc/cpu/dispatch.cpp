@@ -64,13 +64,21 @@ Work work_of(const Table& table, int threads) {
   work.chunk_count = table.chunk_count;
   work.layouts = table.layouts.data();
   work.numel = table.numel;
-  work.threads = forked ? 1 : threads;
+  work.threads = forked || !openmp() ? 1 : threads;
   return work;
 }
 
 }  // namespace
 
 const char* instruction_set() { return chosen().name; }
+
+bool openmp() {
+#ifdef _OPENMP
+  return true;
+#else
+  return false;
+#endif
+}
 
 void apply(int rule, const Table& table, const Group* groups, const Table* averages,
            const Group& decay, float grad_scale, double clip, int threads) {

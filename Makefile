@@ -9,7 +9,7 @@ PATIENT := OMP_WAIT_POLICY=passive
 # once, unless one has finished and takes some of the other's. ARGS=-n0 makes it one process.
 PYTEST := -m pytest -n 2 --dist worksteal
 
-.PHONY: help install finetune finetune-all test test-fast newcomer lint format docs bench tables gpu sanitize wheel clean
+.PHONY: help install finetune finetune-all test test-fast newcomer lint format docs bench tables gpu sanitize wheels clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -86,8 +86,19 @@ sanitize: install  ## run the numeric tests, CUDA's on the host, under AddressSa
 	  UBSAN_OPTIONS=print_stacktrace=1 ../../$(RUN) $(PYTEST) -q -p no:cacheprovider \
 	  $(addprefix ../../tests/test_,layouts.py shared_memory.py errors.py parity.py cuda_on_host.py cuda_source.py)
 
-wheel: install  ## build a wheel, isolated, into dist/
-	$(RUN) -m pip wheel -q --no-deps -w dist .
+# For every Python at hand, pyenv's or on PATH; what they share, CUDA's kernels above all, is compiled
+# once. auditwheel's tag says which glibc a wheel needs: the newest that this machine's compiler asks
+# for. OpenMP is torch's.
+PYTHONS ?= $(foreach minor,10 11 12 13 14,$(firstword \
+  $(wildcard $(HOME)/.pyenv/versions/3.$(minor).*/bin/python) $(shell command -v python3.$(minor))))
+wheels: install  ## build an sdist, and a manylinux wheel for each Python here, into dist/ (PYTHONS=...)
+	rm -rf build/lib.* build/wheels dist
+	$(RUN) -m build -q --sdist .
+	for python in $(PYTHONS); do \
+	  $(RUN) -m pip --python $$python wheel -q --no-deps -w build/wheels . || exit; \
+	done
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude libgomp.so.1 -w dist build/wheels/*.whl
+	$(BIN)/twine check --strict dist/*
 
 clean:  ## remove what was built
 	rm -rf build dist $(VENV) *.egg-info fastopt/*.so

@@ -89,20 +89,38 @@ def checkout(sources, tmp_path):
     return tmp_path / "checkout"
 
 
+@pytest.fixture
+def venv(tmp_path):
+    """Of a user who has torch, and nothing of ours: the environment in which its programs run."""
+    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    # Of the one that runs this, only the packages: a .pth file in there, as of -e, is not read.
+    (site / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
+    path = f"{tmp_path / 'venv' / 'bin'}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "FASTOPT_CUDA": "OFF"}
+
+
 @pytest.mark.network
-def test_wheel_builds_in_isolation_without_torch_and_cuda(checkout, build_tools, tmp_path):
-    """pip's isolated environment has what pyproject.toml names and nothing else."""
-    wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, checkout]
-    run(*wheel, env={**os.environ, "FASTOPT_CUDA": "OFF"})
-    (wheel,) = tmp_path.glob("fastopt-*.whl")
+def test_wheel_builds_in_isolation_and_works_where_nothing_can_be_built(
+    checkout, build_tools, venv, tmp_path
+):
+    """pip's isolated environment has what pyproject.toml names and nothing else, the user's no
+    program but Python."""
+    python = [sys.executable, "-m"]
+    run(*python, "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, checkout, env=venv)
+    (built,) = tmp_path.glob("fastopt-*.whl")
+    repair = ["auditwheel", "repair", "--exclude", "libgomp.so.1", "-w", tmp_path / "dist", built]
+    run(*python, *repair, env={"PATH": f"{Path(sys.executable).parent}"})
+    (wheel,) = (tmp_path / "dist").iterdir()
+    run(*python, "twine", "check", "--strict", wheel)
+    assert "-manylinux_2_" in wheel.name
     assert wheel.stat().st_size < 2 * MEGABYTE
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "installed")
         names = archive.namelist()
         (metadata_file,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(archive.read(metadata_file).decode())
     folders = {name.split("/")[0] for name in names}
-    assert folders == {"fastopt", metadata_file.split("/")[0]}
+    assert folders == {"fastopt", metadata_file.split("/")[0]}  # and so no library beside it
     assert {"fastopt/py.typed", "fastopt/_C.pyi", "fastopt/__main__.py"} <= set(names)
     assert any(re.fullmatch(r"fastopt/_C\..*\.so", name) for name in names)
     assert any(name.endswith("/LICENSE") for name in names)
@@ -110,13 +128,22 @@ def test_wheel_builds_in_isolation_without_torch_and_cuda(checkout, build_tools,
     always = [need for need in metadata.get_all("Requires-Dist") if "extra ==" not in need]
     assert always == ["torch>=2.10"]
 
+    # The tests' own installation, which the venv sees too, is not it.
+    install = ["pip", "install", "-q", "--no-index", "--no-deps", "--ignore-installed", wheel]
+    run("python", "-m", *install, env=venv)
+    bare = {"PATH": f"{tmp_path / 'venv' / 'bin'}", "OMP_WAIT_POLICY": "passive"}
+    elsewhere = {"cwd": tmp_path, "env": bare}
     says = "from fastopt import _C; print(_C.build['cuda'], _C.why_not_cuda(), sep=chr(10))"
-    installed = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
     reason = "FASTOPT_CUDA=OFF asked for none"
-    assert run(sys.executable, "-c", says, cwd=tmp_path, env=installed).splitlines() == [
+    python = tmp_path / "venv" / "bin" / "python"
+    assert run(python, "-c", says, **elsewhere).splitlines() == [
         f"none: {reason}",
         f"this build has no CUDA kernels: {reason}",
     ]
+    assert run(python, "-m", "fastopt", **elsewhere).endswith("healthy\n")
+    parity = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "AdamW-default or SGD-momentum"]
+    said = run(python, *parity, ROOT / "tests" / "test_parity.py", **elsewhere)
+    assert re.search(r"^\d+ passed", said, re.MULTILINE)
 
     # A function the compiler leaves for the linker to share, such as one of the standard library,
     # might be taken from the AVX-512 copy and run where there is no AVX-512.
@@ -139,32 +166,50 @@ def test_sdist_holds_all_that_a_build_needs(checkout, build_tools, sources, tmp_
     assert wanted <= packed
 
 
-@pytest.mark.network
-def test_missing_compiler_is_said_in_one_sentence(checkout, build_tools, tmp_path):
-    nothing = tmp_path / "nothing"
-    nothing.mkdir()
-    done = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext"],
-        cwd=checkout,
-        env={"PYTHONPATH": str(build_tools), "PATH": str(nothing), "CXX": str(nothing / "c++")},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    said = done.stderr.splitlines()
-    assert "fastopt needs a C++17 compiler to build; install g++ or clang++, or set CXX" in said
-    assert "Traceback" not in done.stderr
-
-
 @pytest.fixture
-def venv(tmp_path):
-    """Of a user who has torch, and nothing of ours: the environment in which its programs run."""
-    run(sys.executable, "-m", "venv", tmp_path / "venv")
-    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
-    # Of the one that runs this, only the packages: a .pth file in there, as of -e, is not read.
-    (site / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
-    path = f"{tmp_path / 'venv' / 'bin'}:{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "FASTOPT_CUDA": "OFF"}
+def said_instead_of_building(checkout, build_tools, tmp_path):
+    """What a user reads, in one line, where a build cannot be; of a shell with these variables."""
+
+    def build(**environment):
+        tools = f"{build_tools}/bin:{os.environ['PATH']}"
+        done = subprocess.run(
+            [sys.executable, "setup.py", "-q", "build_ext"],
+            cwd=checkout,
+            env={"PATH": tools, "PYTHONPATH": str(build_tools), **environment},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        return " ".join(done.stderr.split())  # CMake breaks lines
+
+    return build
+
+
+@pytest.mark.network
+def test_missing_compiler_is_said_in_one_sentence(said_instead_of_building, tmp_path):
+    said = said_instead_of_building(PATH=str(tmp_path), CXX=str(tmp_path / "c++"))
+    assert "fastopt needs a C++17 compiler to build; install g++ or clang++, or set CXX" in said
+
+
+@pytest.mark.network
+def test_missing_tools_are_said_in_one_sentence(said_instead_of_building, tmp_path):
+    (tmp_path / "g++").touch(mode=0o755)
+    said = said_instead_of_building(PATH=str(tmp_path))
+    assert "fastopt's build needs cmake, ninja; pip install cmake ninja" in said
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    ("environment", "why"),
+    [
+        ({"CXXFLAGS": "-O2 -ffast-math"}, "take -ffast-math out of CXXFLAGS"),
+        ({"CMAKE_ARGS": "-DPython_INCLUDE_DIR=/none"}, "comes without its headers (Python.h)"),
+    ],
+    ids=["bits would be others", "no headers"],
+)
+def test_what_keeps_from_building_is_said(environment, why, said_instead_of_building):
+    assert why in said_instead_of_building(**environment)
 
 
 @pytest.mark.network
@@ -198,29 +243,42 @@ esac
     ids=["old", "for another compiler"],
 )
 def test_cuda_that_is_demanded_and_cannot_be_built_is_an_error(
-    nvcc, why, checkout, build_tools, tmp_path
+    nvcc, why, said_instead_of_building, tmp_path
 ):
     program = tmp_path / "bin" / "nvcc"
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\n{nvcc}")
     program.chmod(0o755)
-    done = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext"],
-        cwd=checkout,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(build_tools),
-            "PATH": f"{build_tools}/bin:{os.environ['PATH']}",
-            "CUDA_HOME": str(tmp_path),
-            "FASTOPT_CUDA": "ON",
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    said = " ".join(done.stderr.split())  # CMake breaks lines
+    said = said_instead_of_building(CUDA_HOME=str(tmp_path), FASTOPT_CUDA="ON")
     assert "FASTOPT_CUDA=ON, but there is no way to build it" in said
     assert why in said
+
+
+@pytest.mark.network
+def test_core_builds_without_openmp(checkout, build_tools, tmp_path):
+    """On one thread, and without a compiler's warning."""
+    says = "import pybind11; print(pybind11.get_cmake_dir())"
+    environment = {**os.environ, "PYTHONPATH": str(build_tools)}
+    pybind11 = run(sys.executable, "-c", says, env=environment).strip()
+    options = {
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11,
+        "CMAKE_DISABLE_FIND_PACKAGE_OpenMP": "ON",
+        "FASTOPT_CUDA": "OFF",
+        "FASTOPT_WERROR": "ON",
+    }
+    cmake = build_tools / "bin" / "cmake"
+    build = tmp_path / "build"
+    defines = [f"-D{name}={value}" for name, value in options.items()]
+    said = run(cmake, "-S", checkout, "-B", build, "-G", "Ninja", *defines, env=environment)
+    assert "fastopt without OpenMP" in said
+    objects = [
+        "CMakeFiles/cpu_baseline.dir/csrc/cpu/norm.cpp.o",
+        "CMakeFiles/_C.dir/csrc/cpu/dispatch.cpp.o",
+    ]
+    run(cmake, "--build", build, "--target", *objects, env=environment)
+    for name in objects:
+        assert "GOMP" not in run("nm", build / name)
 
 
 # Loading.

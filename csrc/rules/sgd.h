@@ -24,9 +24,8 @@ struct SGD {
   static unsigned states(const Options& o) { return o.momentum != 0 ? 0b1 : 0b0; }
 
   template <class T>
-  struct Scalars {
-    T sign, l2, momentum, weight, lr;
-    bool first, nesterov;
+  struct Scalars {  // flags are T: GCC does not vectorise where a bool chooses
+    T sign, l2, momentum, weight, lr, first, nesterov;
   };
 
   // Per slot. No step is counted: t is 1 while the momentum buffer is new, 2 ever after.
@@ -38,8 +37,8 @@ struct SGD {
     k.momentum = T(o.momentum);
     k.weight = T(1 - o.dampening);
     k.lr = T(o.lr);
-    k.first = t == 1;
-    k.nesterov = o.nesterov != 0;
+    k.first = T(t == 1);
+    k.nesterov = T(o.nesterov != 0);
     return k;
   }
 
@@ -50,10 +49,10 @@ struct SGD {
     if (k.l2 != T(0)) g = multiply_add(k.l2, p, g);
     if constexpr (kStates == 1) {
       T& b = s[0];
-      b = k.first
+      b = k.first != T(0)
               ? g
               : multiply_add(k.weight, g, k.momentum * b);  // dampening spares the first gradient
-      g = k.nesterov ? multiply_add(k.momentum, b, g) : b;
+      g = k.nesterov != T(0) ? multiply_add(k.momentum, b, g) : b;
     }
     p = multiply_add(-k.lr, g, p);
   }

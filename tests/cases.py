@@ -275,12 +275,14 @@ def construct(module: Any, name: str, params: Any, **kwargs: Any) -> torch.optim
 def _random(
     shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, seed: int, device: str
 ) -> list[Tensor]:
-    """Drawn on the CPU in the widest dtype: all devices and dtypes see the same values."""
+    """Drawn on the CPU in the widest dtype: all devices and dtypes see the same values. Of float64
+    x86 makes a float16 by way of float32, ARM at once: here both do the former."""
     generator = torch.Generator().manual_seed(seed)
     widest = torch.complex128 if dtype.is_complex else torch.float64
-    return [
-        torch.randn(shape, dtype=widest, generator=generator).to(device, dtype) for shape in shapes
-    ]
+    values = [torch.randn(shape, dtype=widest, generator=generator) for shape in shapes]
+    if dtype == torch.float16:
+        values = [value.float() for value in values]
+    return [value.to(device, dtype) for value in values]
 
 
 def state_names(optimizer: torch.optim.Optimizer) -> list[str]:

@@ -1,7 +1,7 @@
 """What every test starts from: a seed, two threads, bounded hypothesis runs, a GPU if it asks.
 
-In CI nothing but a GPU, CUDA's compiler and what a test marked `needs` names may be missing: any
-other skip is a failure.
+In CI nothing but a GPU, the compilers of other processors and what a test marked `needs` names may
+be missing: any other skip is a failure.
 """
 
 import gc
@@ -13,6 +13,8 @@ import zlib
 import pytest
 import torch
 from hypothesis import settings
+
+COMPILERS = {"nvcc": "nvcc", "aarch64": "aarch64-linux-gnu-g++"}  # by the mark of what needs it
 
 IN_CI = bool(os.environ.get("CI"))
 
@@ -78,8 +80,9 @@ def missing(node):
     """What a marked test needs and this machine lacks."""
     if node.get_closest_marker("gpu") and not torch.cuda.is_available():
         return "a CUDA device"
-    if node.get_closest_marker("nvcc") and shutil.which("nvcc") is None:
-        return "nvcc"
+    for mark, compiler in COMPILERS.items():
+        if node.get_closest_marker(mark) and shutil.which(compiler) is None:
+            return compiler
     for marker in node.iter_markers("needs"):
         for package in marker.args:
             if importlib.util.find_spec(package) is None:
@@ -100,7 +103,8 @@ def _fail_in_ci_if_skipped(report, node):
         _, _, why = report.longrepr
         report.outcome = "failed"
         report.longrepr = (
-            f"in CI only what needs a GPU, nvcc or a package it names may be skipped: {why}"
+            "in CI only what needs a GPU, another compiler or a package it names may be skipped: "
+            f"{why}"
         )
     return report
 

@@ -15,6 +15,7 @@ import torch
 
 import fastopt
 from fastopt import _C
+from test_vectors import AVX2, one_by_one
 
 ROOT = Path(__file__).parents[1]
 MEGABYTE = 10**6
@@ -151,6 +152,8 @@ def test_wheel_builds_in_isolation_and_works_where_nothing_can_be_built(
     assert copies
     for copy in copies:
         assert not re.findall(r" [WVu] .*", run("nm", "-C", "--defined-only", copy))
+        if "cpu_avx2.dir" in copy.parts:
+            assert one_by_one("objdump", copy, AVX2) == []
 
 
 @pytest.mark.network

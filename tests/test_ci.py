@@ -1,5 +1,5 @@
 """A suite that skips is green for nothing: in CI conftest.py lets only tests be skipped that need
-a GPU, or nvcc or a package that they name where there is none."""
+a GPU, or another compiler (nvcc) or a package that they name where there is none."""
 
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def test_in_ci_a_skip_is_a_failure_but_for_want_of_a_gpu_nvcc_or_a_named_package
     assert counts == {"passed": 1, "xfailed": 1, "skipped": 3, "failed": 2, "errors": 4}
     for reason in ("library", "file", "service"):
         output.fnmatch_lines(
-            f"*in CI only what needs a GPU, nvcc or a package*: *no such {reason}*"
+            f"*in CI only what needs a GPU, another compiler or a package*: *no such {reason}*"
         )
 
 

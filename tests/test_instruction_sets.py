@@ -45,10 +45,12 @@ def digests() -> dict[str, str]:
 def stepped_at_the_bottom(name: str, flush: bool) -> list[Tensor]:
     """Parameters and states around the least normal number, where a step may flush denormals."""
     generator = torch.Generator().manual_seed(0)
+    powers = torch.tensor([2.0**k for k in range(-8, 9)])
 
-    def tiny(exponent: float) -> Tensor:
-        spread = torch.randn(1 << 14, generator=generator) * 4
-        return torch.randn(1 << 14, generator=generator) * spread.exp2() * 2.0**exponent
+    def tiny(exponent: int) -> Tensor:  # by operations that every processor rounds alike
+        spread = powers[torch.randint(len(powers), (1 << 14,), generator=generator)]
+        values = torch.randn(1 << 14, dtype=torch.float64, generator=generator)
+        return (values * spread * 2.0**exponent).float()
 
     param = tiny(-126).requires_grad_()
     optimizer = make(fastopt, name, [param], lr=0.125)

@@ -275,8 +275,8 @@ template <class Kind>
 void store_blocks(const View& view, const Run& run, const float* from, const TileRandom& random) {
   uint8_t* const codes = static_cast<uint8_t*>(view.data) + view.offset;
   uint8_t* const scales = static_cast<uint8_t*>(view.data) + run.numel + run.first;
-  const TileRandom own =
-      random;  // for all the compiler knows, a store of bytes could change another's
+  // A copy: for all the compiler knows, a store of bytes could change the caller's.
+  const TileRandom own = random;
   const int64_t numel = view.ahead;
   alignas(64) uint32_t magnitude[kTile];
   FASTOPT_INDEPENDENT

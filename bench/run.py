@@ -57,12 +57,14 @@ class Part:
     Args:
         limit: seconds after which it is ended.
         keeps: files it leaves elsewhere, and where they belong.
+        appends: a file to which several parts append; the first is to find none.
     """
 
     name: str
     command: list[str]
     limit: float
     keeps: dict[Path, Path] = field(default_factory=dict)
+    appends: Path | None = None
 
 
 # Situations about what is done around a step, and beside it.
@@ -197,11 +199,11 @@ def step(
     args: argparse.Namespace, name: str, limit: float, *options: str, csv: str = "step"
 ) -> Part:
     """A run of step.py, whose rows are appended to those of the others."""
-    sink = ["--csv", args.to / f"{csv}-{args.device}.csv", "--append"]
-    chosen = ["--device", args.device, "--seconds", args.seconds, *sink]
+    sink = args.to / f"{csv}-{args.device}.csv"
+    chosen = ["--device", args.device, "--seconds", args.seconds, "--csv", sink, "--append"]
     if "--workload" not in options and args.workload:
         chosen += ["--workload", *args.workload]
-    return Part(name, python(BENCH / "step.py", *chosen, *options), limit)
+    return Part(name, python(BENCH / "step.py", *chosen, *options), limit, appends=sink)
 
 
 def tables_part(args: argparse.Namespace) -> Part:
@@ -319,8 +321,6 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_options(argv)
     args.to.mkdir(parents=True, exist_ok=True)
-    for csv in ("step", "around", "bytes", "optimizers"):
-        (args.to / f"{csv}-{args.device}.csv").unlink(missing_ok=True)
     known = facts(args.device)
     title = re.sub(r"[^a-z0-9]+", "-", known["machine"].lower())
     report = args.to / f"{title}-{known['date']}.json"
@@ -329,9 +329,12 @@ def main(argv: list[str] | None = None) -> int:
         found = {**known, "fastopt": machine.version("fastopt"), "parts": outcomes}
         report.write_text(json.dumps(found, indent=2) + "\n")
 
-    parts = {"bench": bench_parts, "gpu": gpu_parts}[args.plan](args)
+    parts = list({"bench": bench_parts, "gpu": gpu_parts}[args.plan](args))
+    for part in parts:
+        if part.appends:
+            part.appends.unlink(missing_ok=True)
     with (args.to / "run.log" if args.out else Path(os.devnull)).open("wb") as log:
-        outcomes = run_all(list(parts), 60 * args.minutes, log, save)
+        outcomes = run_all(parts, 60 * args.minutes, log, save)
         outcomes += run_all(
             [tables_part(args)], math.inf, log, lambda last: save([*outcomes, *last])
         )

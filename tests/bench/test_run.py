@@ -141,6 +141,21 @@ def test_the_report_says_what_was_measured_and_how_each_part_ended(dry_run):
     assert all(p["seconds"] > 0 for p in report["parts"])
 
 
+@pytest.mark.parametrize("plan", ["bench", "gpu"])
+def test_what_several_parts_append_to_is_begun_anew(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "run_all", lambda *_: [])
+    args = [plan, "--device", "cpu", "--out", str(tmp_path)]
+    plans = {"bench": run.bench_parts, "gpu": run.gpu_parts}
+    parts = list(plans[plan](run.parse_options(args)))
+    appending = [part for part in parts if "--append" in part.command]
+    old = {tmp_path / part.command[part.command.index("--csv") + 1] for part in appending}
+    for file in old:
+        file.write_text("old")
+    run.main(args)
+    assert len(old) > 2
+    assert not any(file.exists() for file in old)
+
+
 def test_a_copy_without_git_takes_its_commit_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setattr(run.machine, "ROOT", tmp_path)
     monkeypatch.setenv("FASTOPT_COMMIT", "abc1234")

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from cases import BFLOAT16, CHUNK, FLOAT16, FLOAT32, FLOAT64, count_names, unaligned
@@ -88,15 +89,17 @@ def core_on_host():
         return engine._C
     folder = ROOT / "build" / "cuda_on_host"
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade"]
-    subprocess.run(
-        [*install, "--target", folder, ROOT],
-        env={**os.environ, "FASTOPT_CUDA_ON_HOST": "ON"},
-        check=True,
-    )
-    (path,) = (folder / "fastopt").glob("_C.*.so")
-    spec = importlib.util.spec_from_file_location("cuda_on_host._C", path)
-    core = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(core)
+    # Both processes of `make test` may come to these tests at once.
+    with FileLock(folder.with_suffix(".lock")):
+        subprocess.run(
+            [*install, "--target", folder, ROOT],
+            env={**os.environ, "FASTOPT_CUDA_ON_HOST": "ON"},
+            check=True,
+        )
+        (path,) = (folder / "fastopt").glob("_C.*.so")
+        spec = importlib.util.spec_from_file_location("cuda_on_host._C", path)
+        core = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(core)
     return core
 
 

@@ -1,7 +1,7 @@
 """The one table of cases that the tests share.
 
-A case is (optimizer, options, dtypes, layout): `options` names keyword arguments in OPTIONS and
-`layout` names shapes and places in memory in LAYOUTS.
+A case is (optimizer, options, dtypes, layout, kept): `options` names keyword arguments in OPTIONS,
+`layout` shapes and places in memory in LAYOUTS, and `kept` formats, which torch has not, in KEPT.
 """
 
 import copy
@@ -68,7 +68,7 @@ class Layout:
     grad: Callable[[Tensor], Tensor] = contiguous
 
 
-SIZES = ((), (0,), (1,), (3,), (CHUNK - 1,), (CHUNK,), (CHUNK + 1,), (5, 3, 2, 4))
+SIZES = ((), (0,), (1,), (3,), (CHUNK - 1,), (CHUNK,), (CHUNK + 1,), (5, 3, 2, 4), (3, 130))
 IMAGES = ((4, 3, 5, 5), (2, 8, 1, 1))
 
 LAYOUTS = {
@@ -82,6 +82,17 @@ LAYOUTS = {
     "transposed_grad": Layout(SIZES, contiguous, transposed),
     "every_second_param": Layout(SIZES, every_second, contiguous),
     "channels_last_grad": Layout(IMAGES, contiguous, channels_last),
+}
+
+KEPT: dict[str, dict[str, Any]] = {
+    "": {},
+    "bfloat16": {"states": "bfloat16"},
+    "8bit": {"states": "8bit"},
+    "split": {"weights": "split"},
+    "split bfloat16": {"weights": "split", "states": "bfloat16"},
+    "split 8bit": {"weights": "split", "states": "8bit"},
+    "stochastic": {"weights": "stochastic"},
+    "stochastic 8bit": {"weights": "stochastic", "states": "8bit"},
 }
 
 _ADAM_OPTIONS: dict[str, dict[str, Any]] = {
@@ -230,9 +241,11 @@ class Case:
     options: str
     dtypes: Dtypes
     layout: str
+    kept: str = ""
 
     def __str__(self) -> str:
-        return f"{self.optimizer}-{self.options}-{self.dtypes}-{self.layout}"
+        names = [self.optimizer, self.options, str(self.dtypes), self.layout, self.kept]
+        return "-".join(filter(None, names))
 
     def parameters(self, seed: int = 0, device: str = "cpu") -> list[torch.nn.Parameter]:
         layout = LAYOUTS[self.layout]
@@ -253,7 +266,7 @@ class Case:
         self, params: Sequence[Tensor], module: Any = torch.optim, **overrides: Any
     ) -> torch.optim.Optimizer:
         """The case's optimizer out of `module`: torch.optim, fastopt."""
-        kwargs = copy.deepcopy(OPTIONS[self.optimizer][self.options]) | overrides
+        kwargs = copy.deepcopy(OPTIONS[self.optimizer][self.options]) | KEPT[self.kept] | overrides
         optimizer = construct(module, self.optimizer, params, **kwargs)
         if self.dtypes.state != self.dtypes.param:
             for param in params:
@@ -335,7 +348,7 @@ MIXED = [
 ]
 
 
-def _cases() -> list[Case]:
+def _cases_of_torch() -> list[Case]:
     """Of Adam and SGD every option in the usual dtypes, every dtype with the fewest and the most
     options, and every layout with the most; of the others, which share all but the arithmetic with
     them, every option once and the most in all that arithmetic is done in."""
@@ -371,4 +384,44 @@ def _is_one_of_few(options: str, dtypes: Dtypes, layout: str) -> bool:
     )
 
 
-CASES = _cases()
+# Dtypes, and the formats that they are kept in: of every optimizer, and of Adam and SGD.
+_FEW_FORMATS = [
+    (FLOAT32, "bfloat16"),
+    (FLOAT32, "8bit"),
+    (BFLOAT16, "split"),
+    (BFLOAT16, "split 8bit"),
+    (MIXED[0], "stochastic 8bit"),
+]
+_MANY_FORMATS = [
+    *_FEW_FORMATS,
+    *((dtypes, "8bit") for dtypes in (FLOAT64, FLOAT16, BFLOAT16, MIXED[4])),
+    *((BFLOAT16, kept) for kept in ("split bfloat16", "stochastic")),
+    (MIXED[0], "split 8bit"),
+]
+
+
+def _cases_in_formats() -> list[Case]:
+    """Of every optimizer the most options, and of Adam and SGD every option and every layout in
+    two of them."""
+    return [
+        Case(optimizer, options, _kept_in(dtypes), layout, kept)
+        for optimizer in OPTIONS
+        for options in OPTIONS[optimizer]
+        for dtypes, kept in (_MANY_FORMATS if optimizer in ("Adam", "SGD") else _FEW_FORMATS)
+        for layout in LAYOUTS
+        if (layout == "sizes" and options == "everything")
+        or (
+            optimizer in ("Adam", "SGD")
+            and (options == "everything" or layout == "sizes")
+            and (dtypes, kept) in ((FLOAT32, "8bit"), (BFLOAT16, "split bfloat16"))
+        )
+    ]
+
+
+def _kept_in(dtypes: Dtypes) -> Dtypes:
+    """Formats say how states are kept: none is there beforehand."""
+    return dtypes._replace(state=dtypes.param)
+
+
+CASES_OF_TORCH = _cases_of_torch()
+CASES = CASES_OF_TORCH + _cases_in_formats()

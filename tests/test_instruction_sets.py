@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fastopt
-from cases import CASES, OPTIONS
+from cases import CASES, OPTIONS, contiguous
 from fastopt import _C
 from helpers import make, snapshot, train
 
@@ -66,7 +66,9 @@ def digest(*tensors: Tensor) -> str:
     """Of all bits; every NaN counts as the same one."""
     sha = hashlib.sha256()
     for tensor in tensors:
-        sha.update(tensor.masked_fill(tensor.isnan(), torch.nan).view(-1).view(torch.uint8).numpy())
+        if tensor.is_floating_point() or tensor.is_complex():
+            tensor = tensor.masked_fill(tensor.isnan(), torch.nan)
+        sha.update(contiguous(tensor).view(-1).view(torch.uint8).numpy())
     return sha.hexdigest()
 
 

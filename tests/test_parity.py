@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import fastopt
-from cases import BFLOAT16, CASES, FLOAT16, FLOAT32, OPTIONS, UNIFORM, Case
+from cases import BFLOAT16, CASES_OF_TORCH, FLOAT16, FLOAT32, OPTIONS, UNIFORM, Case
 from helpers import LAST_DIGITS, assert_agrees_with_torch, tensors_of, train
 from lion import Lion
 from oracle import SAMPLING, Oracle, rms_ulp, wide
 
 DOUBLE = (torch.float64, torch.complex128)
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
-DOUBLE_CASES = [case for case in CASES if case.dtypes.param in DOUBLE]
+DOUBLE_CASES = [case for case in CASES_OF_TORCH if case.dtypes.param in DOUBLE]
 
 STEPS = 4
 
@@ -76,7 +76,7 @@ def test_float64_follows_oracle(case):
     assert_follows_oracle(case, case.make_optimizer(params, fastopt), params)
 
 
-@of([case for case in CASES if case not in DOUBLE_CASES])
+@of([case for case in CASES_OF_TORCH if case not in DOUBLE_CASES])
 def test_every_step_is_computed_in_float32_and_rounded_once(case):
     """From the same state, what is stored is the exact value rounded: half an ulp in 16 bit, where
     float32 arithmetic adds next to nothing; in float32 the roundings on the way add up."""

@@ -8,6 +8,7 @@
 
 #include "../rules/rules.h"
 #include "arrays.h"
+#include "blocks.h"
 #include "chunks.h"
 #include "tile.h"
 
@@ -23,8 +24,9 @@ void update(const typename Rule::template Scalars<T>& scalars, Param param, Grad
   const typename Rule::template Scalars<T> k = scalars;
   State state[kStates + 1];  // one more than needed: C++ has no arrays of zero elements
   for (int j = 0; j < kStates; ++j) state[j] = states[j];
+  // An int: of one of 64 bits the index that random bits are of would be narrowed in every vector.
   FASTOPT_INDEPENDENT
-  for (int64_t i = 0; i < n; ++i) {
+  for (int i = 0; i < static_cast<int>(n); ++i) {
     T p = param.load(i), s[kStates + 1];
     for (int j = 0; j < kStates; ++j) s[j] = state[j].load(i);
     Rule::template update<T, kStates>(k, p, grad.load(i), s);
@@ -199,6 +201,16 @@ bool are_kept_as(const Work& work, const Slot& slot) {
          slot.layout == kDense && work.grad_scale == 1;
 }
 
+// The n elements from `begin` on, but for their states.
+template <class Rule, int kStates, class T, class Param, class Grad, class State>
+void update_part(const Work& work, const Advanced<Rule, T>& advanced, const Slot& slot,
+                 int64_t begin, int64_t n, const State* state, BFloat16* room) {
+  constexpr int kRest = kState + kStates;
+  update<Rule, kStates, T>(advanced.k, Param::of(slot, kParam, kRest, begin),
+                           clipped(Grad::of(slot, kGrad, kRest, begin), work.clip, n, room), state,
+                           n, advanced.seed, slot.first_index + static_cast<uint32_t>(begin));
+}
+
 // Returns whether it could.
 template <class Rule, int kStates, class T, class Param, class Grad, class State>
 bool update_as(const Work& work, const Advanced<Rule, T>& advanced, const Slot& slot,
@@ -208,12 +220,10 @@ bool update_as(const Work& work, const Advanced<Rule, T>& advanced, const Slot& 
   if (!fits) return false;
   constexpr int kRest = kState + kStates;
   const int64_t begin = chunk * kChunk, n = smaller(kChunk, slot.numel - begin);
+  BFloat16 room[kChunk];
   State state[kStates + 1];
   for (int j = 0; j < kStates; ++j) state[j] = State::of(slot, kState + j, kRest, begin);
-  with_clipped(Grad::of(slot, kGrad, kRest, begin), work.clip, [&](auto grad) {
-    update<Rule, kStates, T>(advanced.k, Param::of(slot, kParam, kRest, begin), grad, state, n,
-                             advanced.seed, slot.first_index + static_cast<uint32_t>(begin));
-  });
+  update_part<Rule, kStates, T, Param, Grad>(work, advanced, slot, begin, n, state, room);
   return true;
 }
 
@@ -230,46 +240,65 @@ bool update_directly(const Work& work, const Advanced<Rule, T>& advanced, const 
   };
   if (as(Array<T>{}, Array<T>{}, Array<T>{})) return true;
   if constexpr (kHasFma && sizeof(T) == sizeof(float)) {
-    if (as(Half{}, Half{}, Half{}) || as(Halves{}, Half{}, Single{})) return true;
+    if (as(Half{}, Half{}, Half{}) || as(StochasticHalf{}, Half{}, Half{}) ||
+        as(Halves{}, Half{}, Single{})) {
+      return true;
+    }
     if constexpr (kStates > 0) {
-      return as(Single{}, Single{}, StochasticHalf{}) || as(Halves{}, Half{}, StochasticHalf{});
+      return as(Single{}, Single{}, StochasticHalf{}) || as(Half{}, Half{}, StochasticHalf{}) ||
+             as(StochasticHalf{}, Half{}, StochasticHalf{}) ||
+             as(Halves{}, Half{}, StochasticHalf{});
     }
   }
   return false;
+}
+
+// Which states of a rule have signs in blocks, a bit for each: known beforehand, so that no loop
+// asks in which kind a code is.
+template <class Rule, int kStates>
+constexpr unsigned signed_states() {
+  unsigned found = 0;
+  for (int j = 0; j < kStates; ++j) {
+    found |= (Rule::kStates[Rule::kCounts + j].narrow != Narrow::kUnsigned) << j;
+  }
+  return found;
 }
 
 // Likewise of blocks, whose codes are made when the last number of a block is there.
 template <class Rule, int kStates, class Param, class Grad>
 bool update_blocks_as(const Work& work, const Advanced<Rule, float>& advanced, const Slot& slot,
                       const Blocks& blocks, int64_t first, int64_t end) {
-  bool fits = are_kept_as<Param, Grad>(work, slot) && blocks.row >= kBlock;
-  for (int j = 0; j < kStates; ++j) fits = fits && is_block(work.format[kState + j]);
+  constexpr unsigned kSigned = signed_states<Rule, kStates>();
+  const auto is_signed = [=](int j) { return (kSigned >> j & 1) != 0; };
+  bool fits = are_kept_as<Param, Grad>(work, slot);
+  for (int j = 0; j < kStates; ++j) {
+    const Format format = is_signed(j) ? Format::kBlockSigned : Format::kBlockUnsigned;
+    fits = fits && work.format[kState + j] == format;
+  }
   if (!fits) return false;
-  constexpr int kRest = kState + kStates;
-  for (int64_t block = first; block < end; ++block) {
-    const int64_t begin = blocks.begin(block), n = blocks.begin(block + 1) - begin;
-    alignas(64) float values[kStates][kBlock];
+  BFloat16 clip_room[kRun];
+  CodesRoom room[kStates];
+  for (const int64_t most = blocks_in_run(blocks); first < end; first += most) {
+    const Run run{blocks, first, smaller(most, end - first), slot.numel};
+    const int64_t begin = blocks.begin(first), n = blocks.begin(first + run.count) - begin;
     Codes state[kStates];
     for (int j = 0; j < kStates; ++j) {
-      const uint8_t* const codes = at<uint8_t>(slot, kState + j, 0);
-      state[j] = codes_of(work.format[kState + j], codes + begin, codes[slot.numel + block]);
-      state[j].values = values[j];
+      state[j] = is_signed(j)
+                     ? load_codes<BlockSigned>(run, begin, slot.data[kState + j], &room[j])
+                     : load_codes<BlockUnsigned>(run, begin, slot.data[kState + j], &room[j]);
     }
-    with_clipped(Grad::of(slot, kGrad, kRest, begin), work.clip, [&](auto grad) {
-      update<Rule, kStates, float>(advanced.k, Param::of(slot, kParam, kRest, begin), grad, state,
-                                   n);
-    });
+    update_part<Rule, kStates, float, Param, Grad>(work, advanced, slot, begin, n, state,
+                                                   clip_room);
     for (int j = 0; j < kStates; ++j) {
-      const int place = kState + j;
-      uint8_t* const codes = at<uint8_t>(slot, place, 0);
-      store_block(work.format[place], values[j], n, codes + begin, codes + slot.numel + block,
-                  random_of(advanced.seed, place), slot.first_index + static_cast<uint32_t>(begin));
+      const auto store = is_signed(j) ? store_codes<BlockSigned> : store_codes<BlockUnsigned>;
+      store(run, begin, n, slot.data[kState + j], room[j], random_of(advanced.seed, kState + j),
+            slot.first_index + static_cast<uint32_t>(begin));
     }
   }
   return true;
 }
 
-// A chunk of blocks; where these go by way of buffers, a tile is as many as there is room for.
+// A chunk of blocks.
 template <class Rule, int kStates>
 void update_blocks(const Work& work, const Advanced<Rule, float>& advanced, const Slot& slot,
                    int64_t chunk) {
@@ -282,11 +311,14 @@ void update_blocks(const Work& work, const Advanced<Rule, float>& advanced, cons
       return update_blocks_as<Rule, kStates, decltype(param), decltype(grad)>(work, advanced, slot,
                                                                               blocks, begin, end);
     };
-    if (as(Single{}, Single{}) || as(Halves{}, Half{})) return;
+    if (as(Single{}, Single{}) || as(Half{}, Half{}) || as(StochasticHalf{}, Half{}) ||
+        as(Halves{}, Half{})) {
+      return;
+    }
   }
-  const int64_t in_tile = in_chunk * kTile / kChunk;
-  for (int64_t first = begin; first < end; first += in_tile) {
-    const Run run{blocks, first, smaller(in_tile, end - first), slot.numel};
+  const int64_t most = blocks_in_run(blocks);
+  for (int64_t first = begin; first < end; first += most) {
+    const Run run{blocks, first, smaller(most, end - first), slot.numel};
     const int64_t from = blocks.begin(first);
     const int64_t n = blocks.begin(first + run.count) - from;
     update_tile<Rule, kStates, float>({work, slot, from, n, &run, nullptr, nullptr}, advanced);

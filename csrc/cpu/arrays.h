@@ -82,55 +82,20 @@ struct Clipped {
   }
 };
 
-// Calls use with the gradient to read. A loop of its own where nothing is clipped: times 1 would
-// cost next to nothing, but rounding 16-bit numbers a tenth of a step.
-template <class E, class Use>
-void with_clipped(Array<E> grad, double factor, Use use) {
-  if constexpr (sizeof(E) < sizeof(float)) {
-    if (factor == 1) return use(grad);
-  }
-  use(Clipped<Array<E>>{grad, factor});
-}
-
-// A block's codes. What is to be stored is kept until the largest is known.
-struct Codes {
-  const uint8_t* code;
-  uint32_t base, sign_bit;
-  float* values;
-
-  FASTOPT_RULE float load(int64_t i) const { return decode(code[i], base, sign_bit); }
-  FASTOPT_RULE void store(int64_t i, float x, uint32_t) const { values[i] = x; }
-};
-
-template <class Kind>
-Codes codes_of(const uint8_t* code, uint8_t scale) {
-  return {code, base_of<Kind>(scale), kSignBit<Kind>, nullptr};
-}
-inline Codes codes_of(Format format, const uint8_t* code, uint8_t scale) {
-  return format == Format::kBlockSigned ? codes_of<BlockSigned>(code, scale)
-                                        : codes_of<BlockUnsigned>(code, scale);
-}
-
-template <class Kind>
-__attribute__((noinline)) void store_block(const float* from, int64_t n, uint8_t* codes,
-                                           uint8_t* scale, Random random, uint32_t index) {
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t magnitude = bit_cast<uint32_t>(from[i]) & 0x7FFFFFFFu;
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  *scale = static_cast<uint8_t>(scale_of<Kind>(largest));
-  const uint32_t base = base_of<Kind>(scale_of<Kind>(largest));
+// Of n gradients what the innermost loop reads. Those of 16 bits are clipped beforehand, into
+// `room`: to round them in the loop would cost a tenth of a step that clips nothing, and a second
+// loop is as much machine code again for every rule.
+__attribute__((noinline)) inline Array<BFloat16> clipped(Array<BFloat16> grad, double factor,
+                                                         int64_t n, BFloat16* room) {
+  if (factor == 1) return grad;
+  const Clipped<Array<BFloat16>> from{grad, factor};
   FASTOPT_INDEPENDENT
-  for (int64_t i = 0; i < n; ++i) {
-    codes[i] = encode<Kind>(from[i], base, random.bits(index + static_cast<uint32_t>(i)));
-  }
+  for (int64_t i = 0; i < n; ++i) room[i] = narrow<BFloat16>(from.load(i));
+  return {room};
 }
-inline void store_block(Format format, const float* from, int64_t n, uint8_t* codes, uint8_t* scale,
-                        Random random, uint32_t index) {
-  const auto store =
-      format == Format::kBlockSigned ? store_block<BlockSigned> : store_block<BlockUnsigned>;
-  store(from, n, codes, scale, random, index);
+template <class T>
+Clipped<Array<T>> clipped(Array<T> grad, double factor, int64_t, BFloat16*) {
+  return {grad, factor};
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 
 #include "../slot.h"
 #include "arrays.h"
+#include "blocks.h"
 
 namespace fastopt::cpu {
 namespace {
@@ -21,8 +22,6 @@ constexpr int64_t kEdge = 32;
 
 constexpr int kMaxDims = 64;   // torch allows no more
 constexpr int kMaxLoops = 10;  // no more dimensions of two and more elements fit into a tile
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // A box of elements; buffers hold it in row-major order.
 struct Tile {
@@ -238,64 +237,21 @@ inline void store(const View& view, const T* from, const TileRandom& random) {
       [](int64_t) {});
 }
 
-// The blocks that a tile consists of.
-struct Run {
-  Blocks blocks;
-  int64_t first, count;
-  int64_t numel;  // of the slot
-
-  // Calls visit(block, begin, n): which of the run, and its elements in the tile.
-  template <class Visit>
-  FASTOPT_RULE void for_each(Visit visit) const {
-    int64_t in_row = first % blocks.in_row, begin = 0;
-    for (int64_t block = 0; block < count; ++block) {
-      const int64_t n = smaller(kBlock, blocks.row - in_row * kBlock);
-      visit(block, begin, n);
-      begin += n;
-      if (++in_row == blocks.in_row) in_row = 0;
-    }
-  }
-};
-
-// Loops over blocks of a few elements are not worth vectorising: their bases are laid beside the
-// elements first, and then one loop takes all of the tile.
 template <class Kind>
 void load_blocks(const View& view, const Run& run, float* to) {
+  alignas(64) uint32_t base[kRun + kLaid];
+  lay_bases<Kind>(run, view.data, base);
   const uint8_t* const codes = static_cast<const uint8_t*>(view.data) + view.offset;
-  const uint8_t* const scales = static_cast<const uint8_t*>(view.data) + run.numel + run.first;
-  alignas(64) uint32_t base[kTile];
-  run.for_each([&](int64_t block, int64_t begin, int64_t n) {
-    for (int64_t i = begin; i < begin + n; ++i) base[i] = base_of<Kind>(scales[block]);
-  });
   FASTOPT_INDEPENDENT
   for (int64_t i = 0; i < view.ahead; ++i) to[i] = decode<Kind>(codes[i], base[i]);
 }
 
 template <class Kind>
 void store_blocks(const View& view, const Run& run, const float* from, const TileRandom& random) {
-  uint8_t* const codes = static_cast<uint8_t*>(view.data) + view.offset;
-  uint8_t* const scales = static_cast<uint8_t*>(view.data) + run.numel + run.first;
   // A copy: for all the compiler knows, a store of bytes could change the caller's.
   const TileRandom own = random;
-  const int64_t numel = view.ahead;
-  alignas(64) uint32_t magnitude[kTile];
-  FASTOPT_INDEPENDENT
-  for (int64_t i = 0; i < numel; ++i) magnitude[i] = magnitude_of(from[i]);
-  uint32_t* const bases = magnitude;  // once a block's largest is known
-  run.for_each([&](int64_t block, int64_t begin, int64_t n) {
-    uint32_t largest = 0;
-    for (int64_t i = begin; i < begin + n; ++i) {
-      largest = magnitude[i] > largest ? magnitude[i] : largest;
-    }
-    const uint32_t scale = scale_of<Kind>(largest);
-    const uint32_t base = base_of<Kind>(scale);
-    scales[block] = static_cast<uint8_t>(scale);
-    for (int64_t i = begin; i < begin + n; ++i) bases[i] = base;
-  });
-  FASTOPT_INDEPENDENT
-  for (int64_t i = 0; i < numel; ++i) {
-    codes[i] = encode<Kind>(from[i], bases[i], Kind::kSigned ? 0 : own.bits(i));
-  }
+  store_run<Kind>(run, from, view.offset, view.ahead, view.data,
+                  [=](int i) { return own.bits(i); });
 }
 
 inline void load(const View& view, const Run* run, float* to) {

@@ -67,9 +67,9 @@ FASTOPT_RULE float decode(uint8_t code, uint32_t base) {
   return decode(code, base, kSignBit<Kind>);
 }
 
+// Of a number whose magnitude is no NaN, or the one pattern of it.
 template <class Kind>
-FASTOPT_RULE uint8_t encode(float x, uint32_t base, uint32_t random) {
-  const uint32_t magnitude = magnitude_of(x);
+FASTOPT_RULE uint8_t encode(float x, uint32_t magnitude, uint32_t base, uint32_t random) {
   const int32_t above = static_cast<int32_t>(magnitude - base);
   if constexpr (Kind::kSigned) {
     const int32_t rounded = (above + 0x7FFFF + ((above >> 20) & 1)) >> 20;
@@ -77,8 +77,13 @@ FASTOPT_RULE uint8_t encode(float x, uint32_t base, uint32_t random) {
     return static_cast<uint8_t>((rounded < 0 ? 0 : rounded) | static_cast<int32_t>(sign));
   } else {
     const int32_t rounded = (above + static_cast<int32_t>(random << 4)) >> 20;
-    return static_cast<uint8_t>(magnitude == 0 ? 0 : rounded < 1 ? 1 : rounded);
+    const int32_t least = static_cast<int32_t>(magnitude < 1 ? magnitude : 1);
+    return static_cast<uint8_t>(rounded < least ? least : rounded);
   }
+}
+template <class Kind>
+FASTOPT_RULE uint8_t encode(float x, uint32_t base, uint32_t random) {
+  return encode<Kind>(x, magnitude_of(x), base, random);
 }
 
 // How a tensor of so many rows is cut into blocks; the last of a row is what is left.

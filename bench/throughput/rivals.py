@@ -187,6 +187,13 @@ CONTENDERS = {
         keeping(weights="split", states="bfloat16"), "fastopt"
     ),
     "fastopt split, 8-bit states": Contender(keeping(weights="split", states="8bit"), "fastopt"),
+    "fastopt stochastic": Contender(keeping(weights="stochastic"), "fastopt"),
+    "fastopt stochastic, bfloat16 states": Contender(
+        keeping(weights="stochastic", states="bfloat16"), "fastopt"
+    ),
+    "fastopt stochastic, 8-bit states": Contender(
+        keeping(weights="stochastic", states="8bit"), "fastopt"
+    ),
     "fastopt triton": Contender(fastopt_triton, "fastopt"),
     FOREACH: Contender(torch_foreach, "torch"),
     "torch loop": Contender(torch_loop, "torch"),

@@ -4,6 +4,9 @@ A module that trains them imports the fixture `small_run`, too.
 """
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,6 +101,19 @@ def save_chat_model(folder):
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def in_two_processes(program: Path, *arguments: str) -> str:
+    """What they print, on one thread each."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, program, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def report_in(folder: Path):

@@ -44,14 +44,17 @@ def sharing(way: str, make: Callable[[], Trainer]) -> Iterator[Trainer]:
     Accelerate shards over the processes of any accelerator. Over those of CPUs it makes FSDP a DDP,
     without a word, though nothing that it then does is in their way: so it is told otherwise.
     """
-    if way == "ddp" or torch.accelerator.is_available():
+    if way == "ddp":
         yield make()
+        return
+    if torch.accelerator.is_available():
+        yield answering(make())
         return
     state = PartialState._shared_state
     before = state["distributed_type"]
     try:
         state["distributed_type"] = DistributedType.MULTI_XPU  # of those that it shards over
-        trainer = make()
+        trainer = answering(make())
         state["distributed_type"] = DistributedType.FSDP
         plugin = trainer.accelerator.state.fsdp_plugin
         if way == "fsdp2-offload":
@@ -59,3 +62,13 @@ def sharing(way: str, make: Callable[[], Trainer]) -> Iterator[Trainer]:
         yield trainer
     finally:
         state["distributed_type"] = before
+
+
+def answering(trainer: Trainer) -> Trainer:
+    """`trainer`, whose model says that it has no embeddings where transformers has it raise:
+    Accelerate asks all that it shards."""
+    try:
+        getattr(trainer.model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        trainer.model.get_input_embeddings = lambda: None
+    return trainer

@@ -155,8 +155,13 @@ def restore(model: nn.Module, checkpoint: Path) -> None:
         import peft
 
         peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(checkpoint)))
-    else:
-        load_model(model, checkpoint / "model.safetensors")
+        return
+    file = checkpoint / "model.safetensors"
+    missing, unknown = load_model(model, file, strict=False)
+    # A sharded run writes what is tied under each of its names; safetensors knows but one.
+    wrong = {*missing, *(set(unknown) - model.state_dict().keys())}
+    if wrong:
+        raise RuntimeError(f"{file} is of another model, by its {', '.join(sorted(wrong))}")
 
 
 def merged(model: nn.Module) -> nn.Module | None:

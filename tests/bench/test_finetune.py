@@ -23,6 +23,7 @@ from finetuning.tasks.models import MINILM
 from finetuning.tasks.topics import BBC_NEWS
 from tiny import (  # noqa: F401 - the fixture among them
     WORDS,
+    in_two_processes,
     losses,
     report_in,
     rows,
@@ -307,16 +308,9 @@ def test_trained_model_is_left_for_from_pretrained(tuning, arguments, tmp_path):
 def test_two_processes_compare_alike(way, arguments, tmp_path):
     assert finetune.main([*arguments, "--batch-size", "8"]) == 0
     alone = report_in(tmp_path)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, BENCH / "finetune.py", *arguments, "--batch-size", "4", "--shard", way],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("trivial baseline") == 1  # one process speaks
+    program = BENCH / "finetune.py"
+    said = in_two_processes(program, *arguments, "--batch-size", "4", "--shard", way)
+    assert said.count("trivial baseline") == 1  # one process speaks
     report = report_in(tmp_path)
     assert report["processes"] == 2
     last = tmp_path / "out" / "checkpoints" / "optimizer" / f"checkpoint-{STEPS}"

@@ -37,6 +37,7 @@ from finetuning.tasks.monitor import Alarm, Window
 from finetuning.tasks.snownlp import SNOWNLP
 from tiny import (  # noqa: F401 - the fixture among them
     WORDS,
+    in_two_processes,
     losses,
     report_in,
     rows,
@@ -135,6 +136,23 @@ def test_task_learns_and_both_optimizers_take_one_path(task, arguments, tmp_path
     assert report["parity"]["max_loss_diff"] < 1e-3
     assert report["parity"]["max_param_diff"] < 0.1 * report["parity"]["max_param_change"]
     assert f"to {end['loss']:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "way"), [("ner", "fsdp2"), ("dialogue", "fsdp2-offload"), ("images", "fsdp2")]
+)
+def test_two_processes_train_tasks_that_they_share(task, way, arguments, tmp_path):
+    """A tagger; a chat model, whose embedding and head are one; a model without embeddings."""
+    words = arguments(task, "--batch-size", 4, "--shard", way)
+    in_two_processes(Path(finetune.__file__), *words)
+    report = report_in(tmp_path)
+    assert (report["processes"], report["shard"]) == (2, way)
+    for run in report["runs"]:
+        assert len(run["losses"]) == STEPS
+        assert run["metrics"]["end"]["loss"] < run["metrics"]["start"]["loss"]
+    assert report["parity"]["max_loss_diff"] < 1e-4
+    assert report["parity"]["max_param_diff"] < 0.01 * report["parity"]["max_param_change"]
 
 
 @pytest.mark.parametrize("tuning", ["lora", "adalora", "adapter", "prompt"])

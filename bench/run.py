@@ -6,7 +6,8 @@ or runs out of time does not stop the others. Results go to bench/results, or fl
     MACHINE-DATE.json      what the machine is, and each part's outcome and seconds
     step-DEVICE.csv        step.py: every comparison of AdamW and SGD
     optimizers-DEVICE.csv  bench only: step.py: some comparisons of every other optimizer
-    sharded-DEVICE.csv     step.py: DTensors, offloaded ones, gradients in bfloat16
+    sharded-DEVICE.csv     step.py: DTensors, gradients in bfloat16
+    offload-DEVICE.csv     offload.py: models that lie in the host's memory
     scaling-DEVICE.csv     throughput/scaling.py: time over the number and the size of tensors
     share-DEVICE.csv       throughput/share.py: the optimizer's share of fine-tuning
     finetune-topics-DEVICE.json, .png   gpu only: finetune.py
@@ -104,22 +105,12 @@ def bench_parts(args: argparse.Namespace) -> Iterator[Part]:
         csv="sharded",
     )
     yield step(
-        *(args, "offloaded", 200, "--optimizer", "adamw", "--situation", "sharded"),
-        *("--contender", OURS, FUSED, "fastopt bfloat16 states", "fastopt 8-bit states"),
-        *("--workload", "minilm", "bert-base", "qwen-0.5b"),
-        csv="sharded",
-    )
-    yield step(
         *(args, "bfloat16 gradients", 90, "--optimizer", "adamw"),
         *("--situation", "bfloat16 gradients", "--contender", OURS, FUSED),
         *("--workload", "1000x16", "minilm", "bert-base"),
         csv="sharded",
     )
-    yield step(
-        *(args, "offloaded, DeepSpeed's", 300, "--optimizer", "adamw", "--patience", "240"),
-        *("--contender", OURS, FUSED, "DeepSpeed CPUAdam", "--workload", "minilm", "bert-base"),
-        csv="sharded",
-    )
+    yield offload(args, 500)
     yield step(
         *(args, "rivals that compile", 600, "--optimizer", "adamw", "--patience", "240"),
         *("--contender", *(name for name, rival in CONTENDERS.items() if rival.compiles)),
@@ -166,6 +157,7 @@ def gpu_parts(args: argparse.Namespace) -> Iterator[Part]:
         *("--situation", "sharded", "bfloat16 gradients", "--workload", "1000x16", "300x4096"),
         csv="sharded",
     )
+    yield offload(args, 60, "--size", "25M", "110M", "--patience", "20")
     yield step(args, "every workload, SGD", 60, "--optimizer", "sgd-momentum", *pair)
     yield step(args, "bfloat16", 60, "--optimizer", "adamw", "--dtype", "bfloat16", *pair)
     yield finetune(args)
@@ -204,6 +196,12 @@ def step(
     if "--workload" not in options and args.workload:
         chosen += ["--workload", *args.workload]
     return Part(name, python(BENCH / "step.py", *chosen, *options), limit, appends=sink)
+
+
+def offload(args: argparse.Namespace, limit: float, *options: str) -> Part:
+    sink = args.to / f"offload-{args.device}.csv"
+    chosen = ["--device", args.device, "--seconds", args.seconds, "--csv", sink]
+    return Part("offloaded", python(BENCH / "offload.py", *chosen, *options), limit)
 
 
 def tables_part(args: argparse.Namespace) -> Part:

@@ -37,7 +37,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    uncompiled = [name for name, contender in CONTENDERS.items() if not contender.compiles]
+    usual = [name for name, c in CONTENDERS.items() if not (c.compiles or c.offloads)]
 
     def choice(flag: str, choices: Iterable[str], default: Sequence[str], text: str) -> None:
         parser.add_argument(
@@ -50,7 +50,10 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         )
 
     choice("--workload", WORKLOADS, list(WORKLOADS), "all of them")
-    choice("--contender", CONTENDERS, uncompiled, "all that do not compile at the first step")
+    choice(
+        *("--contender", CONTENDERS, usual),
+        "all that neither compile at the first step nor offload",
+    )
     choice("--optimizer", OPTIMIZERS, ["adamw", "sgd-momentum"], "adamw and sgd-momentum")
     choice("--situation", SITUATIONS, ["plain"], "plain")
     choice("--dtype", DTYPES, ["float32"], "float32")

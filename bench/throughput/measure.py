@@ -61,6 +61,10 @@ class Setting:
 
     def clock(self, contender: str) -> Clock:
         situation = SITUATIONS[self.situation]
+        if CONTENDERS[contender].offloads:
+            if situation.by_itself is None:
+                raise ValueError("it is for --situation offloaded")
+            situation = situation.by_itself
         name, options = OPTIMIZERS[self.optimizer]
         if name.startswith("Adam"):
             options = options | situation.options
@@ -135,7 +139,7 @@ def measure_together(
 def memory_limit(setting: Setting, reference: Clock | None) -> ceiling.Stream | ceiling.Copy | None:
     if reference is None or moved_bytes(reference.situation) < CACHES:
         return None
-    if setting.device == "cuda":
+    if reference.situation.params[0].is_cuda:
         return ceiling.Copy()
     states = state_bytes(reference.situation.optimizers) // (4 * elements(setting.shapes))
     kept = min(2, states)

@@ -27,6 +27,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "tuning-cpu": tables.tuning_table,
     "step-cpu": lambda results: tables.step_table(results, "cpu"),
     "sharded-cpu": tables.sharded_table,
+    "offload-cpu": lambda results: tables.offload_table(results, "cpu"),
     "step-cuda": lambda results: tables.step_table(results, "cuda"),
 }
 
@@ -103,6 +104,8 @@ def further_comparisons(results: Path, device: str) -> Iterator[Section]:
     if sharded:
         texts = [f"{measured_on(sharded)}.", tables.situations_table(sharded)]
         yield Section("adamw on DTensors, and on gradients in bfloat16", texts)
+    if rows_of(results, f"offload-{device}"):
+        yield Section("adamw on an offloaded model", [tables.offload_table(results, device)])
     further = rows_of(results, f"optimizers-{device}")
     if further:
         ran = measured(further)

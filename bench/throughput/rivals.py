@@ -14,6 +14,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -94,6 +95,21 @@ def torchao_4bit(params: list[Parameter], name: str, **options: Any) -> Optimize
     return getattr(torchao.optim, f"{name}4bit")(params, **{"lr": LR} | options)
 
 
+def torchao_offload(params: list[Parameter], name: str, **options: Any) -> Optimizer:
+    from torchao.optim import CPUOffloadOptimizer
+
+    cls = getattr(torch.optim, name)
+    return CPUOffloadOptimizer(params, cls, fused=True, **{"lr": LR} | options)
+
+
+def torchao_offload_of_ours(params: list[Parameter], name: str, **options: Any) -> Optimizer:
+    from torchao.optim import CPUOffloadOptimizer
+
+    import fastopt
+
+    return CPUOffloadOptimizer(params, getattr(fastopt, name), **{"lr": LR} | options)
+
+
 def bitsandbytes(params: list[Parameter], name: str, **options: Any) -> Optimizer:
     import bitsandbytes
 
@@ -129,7 +145,17 @@ def deepspeed_cpu(params: list[Parameter], name: str, **options: Any) -> Optimiz
 
     if not all(p.is_cpu for p in params):
         raise ValueError("DeepSpeedCPUAdam steps on CPU parameters")
-    return DeepSpeedCPUAdam(params, adamw_mode=_decoupled(name), **{"lr": LR} | options)
+    # Of DTensors it is given the shards, as its own engine gives it plain tensors.
+    shards = [Parameter(p.to_local()) if isinstance(p, DTensor) else p for p in params]
+    optimizer = DeepSpeedCPUAdam(shards, adamw_mode=_decoupled(name), **{"lr": LR} | options)
+
+    def hand_over(*_: Any) -> None:
+        for param, shard in zip(params, shards, strict=True):
+            if isinstance(param.grad, DTensor):
+                shard.grad = param.grad.to_local()
+
+    optimizer.register_step_pre_hook(hand_over)
+    return optimizer
 
 
 def apex(params: list[Parameter], name: str, **options: Any) -> Optimizer:
@@ -164,11 +190,13 @@ class Contender:
         make: its optimizer, given parameters, torch's name and torch's options.
         package: whose version the results state.
         compiles: it does so when made or first stepped, for up to minutes; left out by default.
+        offloads: it keeps a GPU's parameters in the host's memory, and is for `offloaded` alone.
     """
 
     make: Callable[..., Optimizer]
     package: str
     compiles: bool = False
+    offloads: bool = False
 
     def version(self) -> str:
         try:
@@ -208,6 +236,8 @@ CONTENDERS = {
     "heavyball": Contender(heavyball, "heavyball", compiles=True),
     "DeepSpeed FusedAdam": Contender(deepspeed_fused, "deepspeed", compiles=True),
     "DeepSpeed CPUAdam": Contender(deepspeed_cpu, "deepspeed", compiles=True),
+    "torchao offload": Contender(torchao_offload, "torchao", offloads=True),
+    "torchao offload, fastopt": Contender(torchao_offload_of_ours, "torchao", offloads=True),
     "apex": Contender(apex, "apex"),
     "Transformer Engine": Contender(transformer_engine, "transformer-engine"),
 }

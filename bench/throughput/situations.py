@@ -41,6 +41,8 @@ class Plain:
     # float32: parameter, gradient, two states, and as much as foreach takes for a moment.
     bytes_per_element: ClassVar[int] = 24
     shared_bytes_per_element: ClassVar[int] = 0  # by all contenders
+    # In its place for an optimizer that does itself what surrounds the step here.
+    by_itself: ClassVar[type[Plain] | None] = None
 
     def __init__(
         self, shapes: list[tuple[int, ...]], make: Make, dtype: torch.dtype, device: str
@@ -211,9 +213,8 @@ class Backward(Plain):
 
 
 class Sharded(Plain):
-    """DTensors, as FSDP2's parameters are, on a mesh of one process; on a CPU that is what FSDP2's
-    CPUOffloadPolicy leaves to the step. All contenders step on the same, or large models had no
-    room."""
+    """DTensors, as FSDP2's parameters are, on a mesh of one process. All contenders step on the
+    same, or large models had no room."""
 
     bytes_per_element: ClassVar[int] = 8  # two states
     shared_bytes_per_element: ClassVar[int] = 16
@@ -224,8 +225,9 @@ class Sharded(Plain):
         if other is not None:
             self.params, self.grads = other.params, other.grads
         else:
-            self.params = [Parameter(_sharded(torch.randn(s, dtype=dtype), device)) for s in shapes]
-            self.grads = [p.detach().clone() for p in self.params]
+            wholes = [torch.randn(s, dtype=dtype) for s in shapes]
+            self.grads = [_sharded(whole.clone(), device) for whole in wholes]
+            self.params = [Parameter(_sharded(whole, device)) for whole in wholes]
         self.make = make
         self.optimizers = self.make_optimizers()
         Sharded.beside.add(self)
@@ -239,7 +241,49 @@ def _sharded(whole: Tensor, device: str) -> Tensor:
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(device, (1,))
-    return DTensor.from_local(whole.to(device), mesh, [Shard(0)], run_check=False)
+    whole = whole.to(device)
+    if whole.is_cpu and torch.cuda.is_available():
+        whole = whole.pin_memory()  # as offloading does: faster to copy from and to
+    return DTensor.from_local(whole, mesh, [Shard(0)], run_check=False)
+
+
+class OffloadsItself(Plain):
+    """What an optimizer of a GPU's parameters does that fetches gradients by hooks in backward,
+    steps in the host's memory and takes the new parameters back."""
+
+    def make_optimizers(self) -> list[Optimizer]:
+        self.whole: Any = self.make(self.params, self.ours)
+        of_small = [self.whole.d_opt] if self.whole.d_opt else []
+        return [*self.whole.optim_dict.values(), *of_small]
+
+    def before(self) -> None:
+        self.whole.zero_grad()
+
+    def turn(self) -> None:
+        torch.autograd.backward(self.params, self.grads)  # runs the hooks, and nothing else
+        self.whole.step()
+
+
+class Offloaded(Sharded):
+    """The step that FSDP2's CPUOffloadPolicy leaves to a CPU: on DTensors in the host's memory. If
+    there is a GPU, with what moves: its gradients before the step, its parameters after it."""
+
+    by_itself: ClassVar[type[Plain] | None] = OffloadsItself
+
+    def __init__(self, shapes: Any, make: Make, dtype: torch.dtype, device: str) -> None:
+        super().__init__(shapes, make, dtype, "cpu")
+        of_gpu = [] if device == "cpu" else self.params
+        self.grads_there = [torch.randn_like(p.to_local(), device=device) for p in of_gpu]
+        self.params_there = [grad.clone() for grad in self.grads_there]
+
+    def turn(self) -> None:
+        for there, grad in zip(self.grads_there, self.grads, strict=False):
+            grad.to_local().copy_(there, non_blocking=True)
+        if self.grads_there:
+            torch.accelerator.synchronize()
+        super().turn()
+        for there, param in zip(self.params_there, self.params, strict=False):
+            there.copy_(param.to_local(), non_blocking=True)
 
 
 class HalfGradients(Plain):
@@ -293,6 +337,7 @@ SITUATIONS: dict[str, type[Plain]] = {
     "first": First,
     "backward": Backward,
     "sharded": Sharded,
+    "offloaded": Offloaded,
     "bfloat16 gradients": HalfGradients,
     "graph": Graph,
 }

@@ -126,11 +126,32 @@ def tuning_table(results: Path) -> str:
 
 
 def sharded_table(results: Path) -> str:
-    """DTensors, offloaded ones, and gradients in bfloat16."""
+    """DTensors, and gradients in bfloat16."""
     rows = measured(rows_of(results, "sharded-cpu"))
     if not rows:
         return f"CPU: {NOT_YET}."
     return f"{situations_table(rows)}\n\n{measured_on(rows)}."
+
+
+def offload_table(results: Path, device: str) -> str:
+    """Who takes how long, with how many bytes of states; and who could not run."""
+    rows = rows_of(results, f"offload-{device}")
+    ran = measured(rows)
+    if not ran:
+        return f"{DEVICES[device]}: {NOT_YET}."
+    lines = []
+    for name in contenders_in(ran):
+        own = pick(ran, contender=name)
+        times = [_time_and_ratio(one(own, workload=workload)) for workload in workloads_in(ran)]
+        lines.append([name, own[0]["state_bytes_per_param"], *times])
+    head = ["", "states, bytes per parameter"]
+    for workload in workloads_in(ran):
+        elements = int(pick(ran, workload=workload)[0]["elements"])
+        head.append(f"{WORKLOADS[workload].title}, {elements / 1e6:.3g} M")
+    parts = [markdown(head, lines), f"{measured_on(ran)}."]
+    if len(ran) < len(rows):
+        parts.append(f"Not run:\n\n{skipped_list(rows)}")
+    return "\n\n".join(parts)
 
 
 # Of bench/results/README.md.

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import cases
@@ -67,6 +66,11 @@ def test_a_contender_that_cannot_run_is_skipped_with_its_reason(monkeypatch, mak
     assert "\n" not in skipped["skipped"]
 
 
+def test_who_offloads_is_not_measured_where_nothing_is():
+    (row,) = measured(tiny(), "torchao offload")
+    assert row["skipped"] == "ValueError: it is for --situation offloaded"
+
+
 def test_contenders_that_do_not_fit_together_step_in_groups(monkeypatch):
     room_for_two = 2.5 * situations.Plain.bytes_per_element * 31
     monkeypatch.setattr(measure.machine, "free_bytes", lambda device: room_for_two)
@@ -80,13 +84,6 @@ def test_what_does_not_fit_says_so(monkeypatch):
     monkeypatch.setattr(measure.machine, "free_bytes", lambda device: 0)
     (row,) = measured(tiny(), "fastopt")
     assert row["skipped"].startswith(measure.TOO_LARGE)
-
-
-@pytest.fixture
-def _no_process_group_stays():
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("_no_process_group_stays")

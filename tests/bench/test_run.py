@@ -5,11 +5,13 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 import cases
+import offload
 import run
 import step
 from throughput.measure import OPTIMIZERS
@@ -83,9 +85,16 @@ def test_what_a_part_leaves_is_kept_even_if_it_fails(tmp_path):
 def test_every_part_asks_for_what_the_programs_know(plan):
     args = run.parse_options([plan])
     parts = {"bench": run.bench_parts, "gpu": run.gpu_parts}[plan](args)
-    commands = [part.command[2:] for part in parts if part.command[1].endswith("step.py")]
+    programs = {"step.py": list, "offload.py": offload.step_options}
+    commands = [
+        programs[name](part.command[2:])
+        for part in parts
+        if (name := Path(part.command[1]).name) in programs
+    ]
     chosen = [step.parse_options(command) for command in commands]
-    csvs = {"step", "around", "sharded"} | ({"bytes", "optimizers"} if plan == "bench" else set())
+    csvs = {"step", "around", "sharded", "offload"} | (
+        {"bytes", "optimizers"} if plan == "bench" else set()
+    )
     names = {run.machine.RESULTS / f"{csv}-{args.device}.csv" for csv in csvs}
     assert {options.csv for options in chosen} == names
     assert {name for options in chosen for name in options.workload} == set(WORKLOADS)

@@ -140,10 +140,12 @@ def test_task_learns_and_both_optimizers_take_one_path(task, arguments, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("task", "way"), [("ner", "fsdp2"), ("dialogue", "fsdp2-offload"), ("images", "fsdp2")]
+    ("task", "way"),
+    [("ner", "fsdp2"), ("dialogue", "fsdp2-offload"), ("multimodal", "fsdp2")],
 )
 def test_two_processes_train_tasks_that_they_share(task, way, arguments, tmp_path):
-    """A tagger; a chat model, whose embedding and head are one; a model without embeddings."""
+    """A tagger; a chat model, whose embedding is its head; two towers, which have no embedding of
+    the whole and a parameter of one element."""
     words = arguments(task, "--batch-size", 4, "--shard", way)
     in_two_processes(Path(finetune.__file__), *words)
     report = report_in(tmp_path)

@@ -98,7 +98,8 @@ class Joint(nn.Module):
         super().__init__()
         self.image = nn.Linear(image_width, WIDTH, bias=False)
         self.text = nn.Linear(text_width, WIDTH, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE)))
+        # With a dimension: FSDP2 shards no scalar.
+        self.log_scale = nn.Parameter(torch.tensor([math.log(FIRST_SCALE)]))
 
     def forward(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
         rows = nn.functional.normalize(self.image(images), dim=-1)

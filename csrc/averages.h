@@ -1,4 +1,5 @@
-// Averages of parameters: tables beside the parameters' own, moved with them.
+// Averages of parameters: they go along with the update where they can, and are else tables of
+// their own beside the parameters'.
 #pragma once
 
 #include <vector>
@@ -16,14 +17,16 @@ class AverageTables {
   // the two do not fit together.
   void add(Member& member, int index, const DLTensor& param, States& states);
 
-  // Once all are added: gives each the place that its parameter has in these tables.
-  void place_as(const std::vector<Table>& tables, size_t members);
+  // Once all are added: gives each the place that its parameter has in these tables, or on CUDA
+  // makes it one more tensor of the parameter's slot.
+  void place_as(std::vector<Table>& tables, size_t members, const Devices& devices);
 
-  // Those beside one of these tables.
+  // Those of one of these tables.
   Averages of(size_t table, double decay) const;
 
  private:
   std::vector<Table> unplaced_, placed_;
+  std::vector<bool> along_;  // of each table: whether any is in its slots
 };
 
 }  // namespace fastopt

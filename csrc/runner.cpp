@@ -27,13 +27,14 @@ void Runner::run(int rule, const Table& table, const std::vector<Group>& groups,
   if (devices_.backend_of(table.device) == Backend::kCpu) {
     return run_on_cpu(rule, table, groups, scaling, averages);
   }
-  run_on_device(rule, table, groups, scaling, py::make_tuple("update", place));
+  const double weight = averages.along ? 1 - averages.decay.options[0].value : 0;
+  run_on_device(rule, table, groups, scaling, weight, py::make_tuple("update", place));
   if (!averages.table) return;
   Scaling of_averages;  // they move when the parameters do
   of_averages.found_inf = scaling.found_inf;
   of_averages.skip = scaling.skip;
   if (scaling.skip != Skip::kNever) of_averages.norm = scaling.norm;
-  run_on_device(find_rule("average"), *averages.table, {averages.decay}, of_averages,
+  run_on_device(find_rule("average"), *averages.table, {averages.decay}, of_averages, 0,
                 py::make_tuple("average", place));
 }
 
@@ -48,9 +49,10 @@ void Runner::run_on_cpu(int rule, const Table& table, const std::vector<Group>& 
 }
 
 void Runner::run_on_device(int rule, const Table& table, const std::vector<Group>& groups,
-                           const Scaling& scaling, const py::object& place) const {
+                           const Scaling& scaling, double average_weight,
+                           const py::object& place) const {
   if (devices_.backend_of(table.device) == Backend::kCuda) {
-    return run_on_cuda(rule, table, groups, scaling);
+    return run_on_cuda(rule, table, groups, scaling, average_weight);
   }
   std::vector<Number> numbers = {
       scaling.found_inf,
@@ -67,12 +69,12 @@ void Runner::run_on_device(int rule, const Table& table, const std::vector<Group
 }
 
 void Runner::run_on_cuda(int rule, const Table& table, const std::vector<Group>& groups,
-                         const Scaling& scaling) const {
+                         const Scaling& scaling, double average_weight) const {
   const Scratch scratch(table.device, cuda::scratch_bytes(table));
   void* const stream = torch().stream(table.device);
   // A launch waits where the device's queue is full: for other threads' work, perhaps.
   const py::gil_scoped_release release;
-  cuda::apply(rule, table, groups.data(), scaling, scratch.data(), stream);
+  cuda::apply(rule, table, groups.data(), average_weight, scaling, scratch.data(), stream);
 }
 
 // Hands the table to Python as bytes, gradients' addresses apart: they alone change every step.

@@ -13,8 +13,9 @@ namespace fastopt {
 
 // The averages of a table's parameters, slot by slot, if they are kept.
 struct Averages {
-  const Table* table = nullptr;
+  const Table* table = nullptr;  // of those that are in no slot of the parameters' table
   Group decay{};
+  bool along = false;  // whether any is there, as CUDA's update takes it with the parameter
 };
 
 class Runner {
@@ -36,9 +37,9 @@ class Runner {
   void run_on_cpu(int rule, const Table& table, const std::vector<Group>& groups,
                   const Scaling& scaling, const Averages& averages) const;
   void run_on_device(int rule, const Table& table, const std::vector<Group>& groups,
-                     const Scaling& scaling, const py::object& place) const;
+                     const Scaling& scaling, double average_weight, const py::object& place) const;
   void run_on_cuda(int rule, const Table& table, const std::vector<Group>& groups,
-                   const Scaling& scaling) const;
+                   const Scaling& scaling, double average_weight) const;
   py::object run_on_triton(const std::string& kernels, const Table& table, const py::object& place,
                            const std::vector<Number>& numbers) const;
   double norm_on_cpu(const std::vector<Table>& tables, double grad_scale) const;

@@ -10,7 +10,7 @@ namespace fastopt {
 
 // A slot's tensors, always in this order; a rule keeps up to kMaxStates states, and a split
 // parameter has its remainder behind them. From the end come its counts: numbers of the state, one
-// each for the whole slot, the step count first.
+// each for the whole slot, the step count first. On CUDA an average may be in between.
 enum : int { kParam, kGrad, kState };
 constexpr int kMaxStates = 3;
 constexpr int kMaxTensors = kState + kMaxStates + 1;

@@ -62,7 +62,7 @@ class Step {
       tables_ = in_turn(std::move(tables_), rescale_);
     }
     for (const Table& table : tables_) scaling_.push_back(scaling_on(table.device));
-    if (passes_.decay) averages_.place_as(tables_, members_.size());
+    if (passes_.decay) averages_.place_as(tables_, members_.size(), devices_);
   }
 
   // All checks are done: from here on nothing fails but a device.

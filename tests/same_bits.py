@@ -175,17 +175,14 @@ def test_run_continued_on_another_backend_continues_bit_identically(backend, nam
 # Formats: what the table of cases does not have.
 
 # What is kept as ours: states=, weights=, and the parameters' dtype.
-every_format = pytest.mark.parametrize(
-    ("kept", "dtype"),
-    [
-        ({"states": "bfloat16"}, torch.float32),
-        ({"states": "8bit"}, torch.float32),
-        ({"weights": "split"}, torch.bfloat16),
-        ({"states": "bfloat16", "weights": "split"}, torch.bfloat16),
-        ({"states": "8bit", "weights": "stochastic"}, torch.bfloat16),
-    ],
-    ids=str,
-)
+FORMATS = [
+    ({"states": "bfloat16"}, torch.float32),
+    ({"states": "8bit"}, torch.float32),
+    ({"weights": "split"}, torch.bfloat16),
+    ({"states": "bfloat16", "weights": "split"}, torch.bfloat16),
+    ({"states": "8bit", "weights": "stochastic"}, torch.bfloat16),
+]
+every_format = pytest.mark.parametrize(("kept", "dtype"), FORMATS, ids=str)
 
 
 # Shapes, and how a parameter and its gradient lie in memory.

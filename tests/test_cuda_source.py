@@ -28,7 +28,17 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from cases import BFLOAT16, CHUNK, FLOAT16, FLOAT32, FLOAT64, count_names, unaligned
+from cases import (
+    BFLOAT16,
+    CHUNK,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    contiguous,
+    count_names,
+    transposed,
+    unaligned,
+)
 from fastopt import optimizer as engine
 from helpers import (
     assert_same_bits,
@@ -38,7 +48,7 @@ from helpers import (
     tensors_of,
 )
 from same_bits import *  # noqa: F403 - its tests
-from same_bits import assert_steps_alike, set_gradients, twins
+from same_bits import FORMATS, assert_steps_alike, set_gradients, twins
 
 pytestmark = [native_only, pytest.mark.network]
 
@@ -175,6 +185,86 @@ def test_a_layout_of_many_dimensions(name):
         param.grad = torch.arange(2.0**13).view(param.shape)  # no two dimensions merge
         optimizer.step()
     assert_same_bits(cuda, cpu)
+
+
+# Averages: in the kernel of their parameters where they can be.
+
+FEWER_STATES = {  # than three, with which an average cannot
+    "Adam": {"amsgrad": False},
+    "AdamW": {"amsgrad": False},
+    "RMSprop": {"centered": False},
+}
+NATIVE = [({}, dtypes.param) for dtypes in (FLOAT32, FLOAT64, BFLOAT16, FLOAT16)]
+
+
+@pytest.mark.parametrize(("kept", "dtype"), [*NATIVE, *FORMATS], ids=str)
+@every_rule
+def test_averages_go_along_with_the_update(device, name, kept, dtype):
+    values = [torch.randn(shape).to(dtype) for shape in [(CHUNK + 13,), (5, 256), (40, 3)]]
+    options = FEWER_STATES.get(name, {})
+    # The slot of a split parameter has no room left for one where there are several counts.
+    own_pass = 2 if name in ("ASGD", "NAdam") and kept.get("weights") == "split" else 0
+    cuda, cpu = twins("cuda", name, values, average=0.75, **options, **kept)
+    without, _ = twins("cuda", name, values, **options, **kept)
+    assert_steps_alike(cuda, cpu, steps=1)  # which makes the averages
+    assert_steps_alike(without, without, steps=1)
+    for _ in range(2):
+        set_gradients(cuda, cpu, without)
+        device.launches()
+        cuda.step()
+        launches = device.launches()
+        without.step()
+        cpu.step()
+        assert len(launches) == len(device.launches()) + own_pass
+        assert_same_bits(cuda, cpu)
+
+
+@pytest.mark.parametrize("dtypes", [FLOAT32, FLOAT64, BFLOAT16], ids=str)
+def test_averages_move_in_vectors(device, dtypes):
+    cuda, _ = twins("cuda", "SGD", [torch.randn(CHUNK).to(dtypes.param)], average=0.75)
+    for _ in range(2):
+        set_gradients(cuda)
+        device.launches()
+        cuda.step()
+    (state,) = cuda.state.values()
+    tensors = 3 * dtypes.param.itemsize + state["average"].itemsize  # a momentum, too
+    assert device.launches()[-1].vectors_streamed * 16 == tensors * CHUNK
+
+
+@pytest.mark.parametrize("shape", [(CHUNK + 5,), (4, 256)], ids=str)
+@pytest.mark.parametrize(("kept", "dtype"), [*NATIVE, *FORMATS], ids=str)
+def test_unaligned_averages(device, kept, dtype, shape):
+    options = FEWER_STATES["AdamW"] | kept
+    cuda, cpu = twins("cuda", "AdamW", [torch.randn(shape).to(dtype)], average=0.75, **options)
+    assert_steps_alike(cuda, cpu, steps=1)
+    for optimizer in (cuda, cpu):
+        (state,) = optimizer.state.values()
+        state["average"] = unaligned(state["average"])
+    assert_steps_alike(cuda, cpu)
+
+
+@pytest.mark.parametrize(
+    ("place", "options"),
+    [
+        (transposed, {"amsgrad": False}),  # the average of one
+        (contiguous, {"amsgrad": True}),
+    ],
+    ids=["strides", "states"],
+)
+def test_averages_that_cannot_go_along_have_a_pass_of_their_own(device, place, options):
+    values = [torch.randn(6, 40).bfloat16(), torch.randn(6, 40).bfloat16()]
+    cuda, cpu = twins("cuda", "AdamW", values, average=0.75, **options)
+    assert_steps_alike(cuda, cpu, steps=1)
+    for optimizer in (cuda, cpu):
+        state = [*optimizer.state.values()][1]
+        state["average"] = place(state["average"])
+    for _ in range(2):
+        set_gradients(cuda, cpu)
+        device.launches()
+        cuda.step()
+        cpu.step()
+        assert len(device.launches()) == 4
+        assert_same_bits(cuda, cpu)
 
 
 # How much one launch takes.

@@ -100,6 +100,12 @@ class Name:
         return [*split, grad, *self.states * [state]]
 
     @property
+    def averages(self) -> int:
+        """Loads of a thread for the averages that go along, each of 16 bytes."""
+        without = self.rule == "Average" or self.states > 2
+        return 0 if without else self.pieces * max(1, self.piece // 4)
+
+    @property
     def pieces(self) -> int:
         """Of each tensor, that a thread moves at a time."""
         if self.storage == BLOCKS:
@@ -235,12 +241,11 @@ class Kernel:
                 waited_for |= set(range(first, first + -(-each.streamed // 4)))
         return loads
 
-    @property
-    def loads_are_together(self) -> bool:
-        """Those of vectors, with no arithmetic in between: for kernels that choose between loads,
-        of which alternatives may use the same registers."""
+    def are_together(self, loads: int) -> bool:
+        """Whether the first ones of vectors have no arithmetic in between: for kernels that choose
+        between loads, of which alternatives may use the same registers."""
         places = [i for i, each in enumerate(self.instructions) if each.streamed]
-        between = self.instructions[places[0] : places[-1]]
+        between = self.instructions[places[0] : places[loads - 1]]
         return not any(re.match(r"[FD](FMA|MUL|ADD|SETP)|MUFU", each.opcode) for each in between)
 
     @cached_property
@@ -339,18 +344,19 @@ def test_tensors_are_loaded_and_stored_in_vectors(updates):
         else:
             vectors = Counter(name.piece * size for size in name.moved)
         expected = Counter({size: name.pieces * count for size, count in vectors.items()})
+        expected[16] += name.averages
         if (kernel.loads, kernel.stores) != (expected, expected):
             wrong[str(name)] = (kernel.loads, kernel.stores, expected)
     assert not wrong
 
 
 def bytes_in_flight(name: Name, kernel: Kernel) -> int:
-    """To a multiprocessor."""
+    """To a multiprocessor, where no average goes along: those are the last to be loaded."""
     threads = kernel.blocks_assumed * THREADS
     if name.storage not in (ANY, BLOCKS):
-        loads = kernel.loads_in_flight
-        return threads * sum(size * count for size, count in loads.items())
-    assert kernel.loads_are_together
+        loads, tensors = kernel.loads_in_flight, kernel.loads - Counter({16: name.averages})
+        return threads * sum(size * min(count, loads[size]) for size, count in tensors.items())
+    assert kernel.are_together(sum(kernel.loads.values()) - name.averages)
     return threads * name.pieces * name.piece * sum(name.moved)
 
 
@@ -394,7 +400,10 @@ def test_multiply_adds_are_fused_where_a_rule_says_so_and_nowhere_else(kernels):
         # The rule is there for all pieces and for a single element. The compiler may have made a
         # few elements twice; one more multiply-add in each would be too many.
         elements = name.pieces * name.piece + 1
-        twice = multiply_adds(kernel.ptx) - MULTIPLY_ADDS[name.rule, name.states] * elements
+        each = MULTIPLY_ADDS[name.rule, name.states]
+        if name.averages:  # which go along
+            each += MULTIPLY_ADDS["Average", 0]
+        twice = multiply_adds(kernel.ptx) - each * elements
         assert 0 <= twice < elements, name
 
 

@@ -40,6 +40,8 @@ struct Work {
   int64_t chunk_count;
   int counts;
   Format format[kMaxPlaces];
+  double average_weight;  // of averages that go along, see apply.h; 0 where none does
+  float average_weight_rounded;
 };
 
 // advance's arguments: a batch of slots with their groups and layouts, which kernels take up to
@@ -196,6 +198,8 @@ struct Turn {
   static constexpr int kCount = kState + kStates;  // tensors that the rule knows
   static constexpr int kTensors = kCount + Formats::kMaySplit;
   static constexpr int kPiece = Formats::piece(kStates), kPieces = Formats::pieces(kStates);
+  // With three states there are no registers left for an average.
+  static constexpr bool kMayAverage = kStates <= kMostWithAverage && !std::is_same_v<Rule, Average>;
 
   const Work& work;
   const Slot& slot;
@@ -203,6 +207,7 @@ struct Turn {
   const T grad_scale, clip;
   const bool clips;
   void* data[kTensors];  // copies: for all the compiler knows, a store could change the slot
+  T* average;            // null where none goes along
 
   __device__ Turn(const Work& work, const Slot& slot, const Advanced<Rule, T>& advanced,
                   const Scale& scale)
@@ -214,6 +219,8 @@ struct Turn {
         clips(scale.clips) {
 #pragma unroll
     for (int j = 0; j < kTensors; ++j) data[j] = slot.data[j];
+    average = kMayAverage && work.average_weight_rounded != 0 ? static_cast<T*>(slot.data[count()])
+                                                              : nullptr;
   }
 
   __device__ Format format(int j) const { return Formats::at(work, j, kStates); }
@@ -295,8 +302,12 @@ struct Turn {
     cuda::pack<N>(from, role(j), format(j), rounding, index, first, vector);
   }
 
-  __device__ void skip(int j, int64_t count) {
-    data[j] = static_cast<char*>(data[j]) + count * bytes_of(format(j));
+  __device__ void skip(int64_t count) {
+#pragma unroll
+    for (int j = 0; j < kTensors; ++j) {
+      data[j] = static_cast<char*>(data[j]) + count * bytes_of(format(j));
+    }
+    if (average) average += count;
   }
 
   // The same with memory; of read, one element.
@@ -304,10 +315,31 @@ struct Turn {
     unpack<1>(j, load<1>(j, at), 0, base, &to);
   }
   template <int N>
-  __device__ void write(int j, int64_t at, const T* from, uint32_t base, uint32_t index) const {
+  __device__ Vector write(int j, int64_t at, const T* from, uint32_t base, uint32_t index) const {
     Vector vector;
     pack<N>(j, from, base, index, 0, vector);
     store<N>(j, at, vector);
+    return vector;
+  }
+
+  // N numbers of the average, which are numbers of T. To fetch them is to have them near.
+  __device__ void fetch_average(int64_t at) const { prefetch(average + at); }
+  template <int N>
+  __device__ Vector load_average(int64_t at) const {
+    return cuda::load<N, T>(average, Role::kState, kFormatOf<T>, at);
+  }
+  // Moves them towards the parameter's, from element `first` of what is stored of it on.
+  template <int N>
+  __device__ void store_average(int64_t at, Vector vector, const Vector& param, int first) const {
+    const T weight =
+        sizeof(T) == sizeof(double) ? T(work.average_weight) : T(work.average_weight_rounded);
+    T to[N], x[N];
+    unpack<N>(kParam, param, first, 0, to);
+    cuda::unpack<N>(vector, 0, Role::kState, kFormatOf<T>, 0, x);
+#pragma unroll
+    for (int i = 0; i < N; ++i) Average::update<T, 0>({weight}, x[i], to[i], nullptr);
+    cuda::pack<N>(x, Role::kState, kFormatOf<T>, {}, 0, 0, vector);
+    cuda::store<N, T>(average, Role::kState, kFormatOf<T>, at, vector);
   }
 
   // Divides gradients by grad_scale, and clips them as if they were written before they are read.
@@ -345,6 +377,10 @@ __device__ void update_chunk(Turn<Rule, kStates, Formats>& turn, int64_t chunk) 
   using T = typename Turn::T;
   constexpr int kCount = Turn::kCount, kTensors = Turn::kTensors;
   constexpr int kPiece = Turn::kPiece, kPieces = Turn::kPieces;
+  // There are registers to compute with no more elements at a time. Where these are a whole piece,
+  // in formats that are known, there are some for averages, too; else averages wait in the cache.
+  constexpr int kGroup = kPiece < 4 ? kPiece : 4;
+  constexpr bool kAveragesAhead = kGroup == kPiece && !Formats::kOpen;
   const int64_t begin = chunk * kChunk;
   const int64_t rest = turn.slot.numel - begin;
   if (rest <= 0) return;  // the step is skipped
@@ -362,6 +398,7 @@ __device__ void update_chunk(Turn<Rule, kStates, Formats>& turn, int64_t chunk) 
     const uint32_t bytes = bytes_of(turn.format(j));
     if (turn.exists(j)) is_aligned &= (address(j) + head * bytes) % (kPiece * bytes) == 0;
   }
+  is_aligned &= reinterpret_cast<uintptr_t>(turn.average + head) % (kGroup * sizeof(T)) == 0;
   const int in_pieces = is_aligned ? (n - head) / kPiece * kPiece : 0;
 
   // What is before and after them, or all where there are none.
@@ -381,13 +418,15 @@ __device__ void update_chunk(Turn<Rule, kStates, Formats>& turn, int64_t chunk) 
 #pragma unroll
     for (int j = 0; j < kTensors; ++j) {
       if (!turn.is_written(j)) continue;
-      turn.template write<1>(j, at[j], x[Turn::number_in(j)], 0, index);
+      const Vector stored = turn.template write<1>(j, at[j], x[Turn::number_in(j)], 0, index);
+      if (j == kParam && turn.average) {
+        turn.template store_average<1>(at[j], turn.template load_average<1>(at[j]), stored, 0);
+      }
     }
   }
   // From here on, elements are counted from the first in a piece: fewer registers are in use.
   const uint32_t first_index = turn.slot.first_index + static_cast<uint32_t>(begin + head);
-#pragma unroll
-  for (int j = 0; j < kTensors; ++j) turn.skip(j, begin + head);
+  turn.skip(begin + head);
 #pragma unroll 1
   for (int i = threadIdx.x * kPiece; i < in_pieces; i += kThreads * kPiece * kPieces) {
     constexpr int kStride = kThreads * kPiece;  // from a thread's piece to its next
@@ -402,10 +441,19 @@ __device__ void update_chunk(Turn<Rule, kStates, Formats>& turn, int64_t chunk) 
         }
       }
     }
+    Vector averages[kPieces];
+#pragma unroll
+    for (int q = 0; q < kPieces; ++q) {
+      if (!turn.average || !has(q)) continue;
+      if constexpr (kAveragesAhead) {
+        averages[q] = turn.template load_average<kPiece>(i + q * kStride);
+      } else {
+        turn.fetch_average(i + q * kStride);
+      }
+    }
 #pragma unroll
     for (int q = 0; q < kPieces; ++q) {
       if (!has(q)) continue;
-      constexpr int kGroup = kPiece < 4 ? kPiece : 4;  // there are registers for no more at a time
 #pragma unroll
       for (int g = 0; g < kPiece; g += kGroup) {
         T x[kCount][kGroup];
@@ -425,6 +473,13 @@ __device__ void update_chunk(Turn<Rule, kStates, Formats>& turn, int64_t chunk) 
 #pragma unroll
       for (int j = 0; j < kTensors; ++j) {
         if (turn.is_written(j)) turn.template store<kPiece>(j, i + q * kStride, vectors[j][q]);
+      }
+      if (!turn.average) continue;
+#pragma unroll
+      for (int g = 0; g < kPiece; g += kGroup) {
+        const int at = i + q * kStride + g;
+        if constexpr (!kAveragesAhead) averages[q] = turn.template load_average<kGroup>(at);
+        turn.template store_average<kGroup>(at, averages[q], vectors[kParam][q], g);
       }
     }
   }
@@ -508,6 +563,7 @@ __device__ void update_blocks(const Turn<Rule, kStates, Formats>& turn, int64_t 
     const int bytes = kPiece * bytes_of(turn.format(j));
     if (turn.exists(j)) in_vectors &= reinterpret_cast<uintptr_t>(turn.data[j]) % bytes == 0;
   }
+  in_vectors &= reinterpret_cast<uintptr_t>(turn.average) % (kPiece * sizeof(float)) == 0;
 
   if (in_vectors) {
     constexpr int kLanes = kBlock / (kPiece * kPieces);
@@ -526,12 +582,21 @@ __device__ void update_blocks(const Turn<Rule, kStates, Formats>& turn, int64_t 
           vectors[j][q] = turn.template load<kPiece>(j, at + q * kStride);
         }
       }
+#pragma unroll
+      for (int q = 0; q < kPieces; ++q) {
+        if (turn.average && has(q)) turn.fetch_average(at + q * kStride);
+      }
       float x[kPieces][kCount][kPiece];
       uint32_t largest[kCount] = {};
       const auto store = [&](int j, int q) {
-        const uint32_t index = slot.first_index + static_cast<uint32_t>(at) + q * kStride;
-        turn.template write<kPiece>(j, at + q * kStride, x[q][Turn::number_in(j)],
-                                    block.next_base[j], index);
+        const int64_t to = at + q * kStride;
+        const uint32_t index = slot.first_index + static_cast<uint32_t>(to);
+        const Vector stored =
+            turn.template write<kPiece>(j, to, x[q][Turn::number_in(j)], block.next_base[j], index);
+        if (j == kParam && turn.average) {
+          turn.template store_average<kPiece>(to, turn.template load_average<kPiece>(to), stored,
+                                              0);
+        }
       };
 #pragma unroll
       for (int q = 0; q < kPieces; ++q) {
@@ -596,7 +661,11 @@ __device__ void update_blocks(const Turn<Rule, kStates, Formats>& turn, int64_t 
 #pragma unroll
         for (int j = 0; pass == 1 && j < kTensors; ++j) {
           if (!turn.is_written(j)) continue;
-          turn.template write<1>(j, at[j], x[Turn::number_in(j)], block.next_base[j], index);
+          const Vector stored =
+              turn.template write<1>(j, at[j], x[Turn::number_in(j)], block.next_base[j], index);
+          if (j == kParam && turn.average) {
+            turn.template store_average<1>(at[j], turn.template load_average<1>(at[j]), stored, 0);
+          }
         }
       }
       if (pass == 0) block.rescale(largest);
@@ -717,8 +786,8 @@ int64_t scratch_bytes(const Table& table) {
                               table.layouts.size() * sizeof(int64_t) + sizeof(Scale));
 }
 
-void apply(int rule, const Table& table, const Group* groups, const Scaling& scaling, void* scratch,
-           void* stream) {
+void apply(int rule, const Table& table, const Group* groups, double average_weight,
+           const Scaling& scaling, void* scratch, void* stream) {
   constexpr void (*kApply[])(const Table&, const Group*, Batch&, void*) = {
 #define FASTOPT_APPLY(Rule) apply_rule<Rule>,
       FASTOPT_FOR_EACH_RULE(FASTOPT_APPLY)
@@ -731,6 +800,8 @@ void apply(int rule, const Table& table, const Group* groups, const Scaling& sca
   work.chunk_count = table.chunk_count;
   work.counts = table.counts;
   std::copy(std::begin(table.format), std::end(table.format), work.format);
+  work.average_weight = average_weight;
+  work.average_weight_rounded = static_cast<float>(average_weight);
   work.slots = static_cast<Slot*>(scratch);
   work.scalars = work.slots + work.slot_count;
   work.layouts =

@@ -5,13 +5,19 @@
 
 namespace fastopt::cuda {
 
+// States of a slot with which an average can go along, see apply.
+constexpr int kMostWithAverage = 2;
+
 // Device memory, of any content, that apply needs for a table.
 int64_t scratch_bytes(const Table& table);
 
 // Launches both phases, advance and update, on a stream of the table's device and returns at once.
-// Throws std::runtime_error when CUDA refuses a launch.
-void apply(int rule, const Table& table, const Group* groups, const Scaling& scaling, void* scratch,
-           void* stream);
+// Throws std::runtime_error when CUDA refuses a launch. Where average_weight is not 0, slots have
+// behind their tensors the address of an average, or null. It goes along with its parameter, as the
+// rule Average would move it with this weight once the parameter is stored: the slot is kDense, the
+// average's elements are the arithmetic's, float32 or float64.
+void apply(int rule, const Table& table, const Group* groups, double average_weight,
+           const Scaling& scaling, void* scratch, void* stream);
 
 // Device memory, of any content, that norm needs for tables of one device.
 int64_t norm_scratch_bytes(const std::vector<Table>& tables);

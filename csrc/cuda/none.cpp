@@ -8,7 +8,7 @@ std::string why_not(DLDevice) { return "this build has no CUDA kernels: " FASTOP
 
 int64_t scratch_bytes(const Table&) { return 0; }
 
-void apply(int, const Table&, const Group*, const Scaling&, void*, void*) {}
+void apply(int, const Table&, const Group*, double, const Scaling&, void*, void*) {}
 
 int64_t norm_scratch_bytes(const std::vector<Table>&) { return 0; }
 

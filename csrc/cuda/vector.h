@@ -147,6 +147,15 @@ __device__ Vector load(const void* data, Role role, Format format, int64_t at) {
   return vector;
 }
 
+// Brings what lies there into the cache, which takes no register.
+__device__ void prefetch(const void* data) {
+#ifdef __CUDA_ARCH__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(data));
+#else
+  (void)data;
+#endif
+}
+
 template <int N, class T>
 __device__ void store(void* data, Role role, Format format, int64_t at, const Vector& vector) {
   with_words<N, T>(static_cast<char*>(data), role, format, at, [&](auto* to) {

@@ -19,6 +19,7 @@ OPTIONS = (
     "FASTOPT_CUDA",
     "FASTOPT_CUDA_ARCHITECTURES",
     "FASTOPT_CUDA_ON_HOST",
+    "FASTOPT_CUDA_TUNE",
     "FASTOPT_SANITIZE",
     "FASTOPT_WERROR",
 )
@@ -37,8 +38,10 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         chosen = {name: os.environ[name] for name in OPTIONS if name in os.environ}
         # What is compiled depends on these, and but for module.cpp and its like not on the Python:
-        # the CUDA kernels, which take minutes, are made once for all.
+        # the CUDA kernels, which take minutes, are made once for all. Those that are tuned are made
+        # anew each time, and nothing else.
         kind = {**chosen, "CXX": os.environ.get("CXX", "")}
+        kind.pop("FASTOPT_CUDA_TUNE", None)
         folder = re.sub(r"[^\w.]+", "-", "-".join(map("=".join, kind.items())))
         build = ROOT / "build" / f"{self.plat_name}-{folder}"
         # Objects stay. What CMake has found does not: Python, pip's isolated environment or the

@@ -212,8 +212,12 @@ def test_missing_tools_are_said_in_one_sentence(said_instead_of_building, tmp_pa
     [
         ({"CXXFLAGS": "-O2 -ffast-math"}, "take -ffast-math out of CXXFLAGS"),
         ({"CMAKE_ARGS": "-DPython_INCLUDE_DIR=/none"}, "comes without its headers (Python.h)"),
+        (
+            {"FASTOPT_CUDA_TUNE": "THREADS=512;WARPS=3"},
+            "FASTOPT_CUDA_TUNE has no WARPS=3; csrc/cuda/tuning.h says what it has",
+        ),
     ],
-    ids=["bits would be others", "no headers"],
+    ids=["bits would be others", "no headers", "no such choice"],
 )
 def test_what_keeps_from_building_is_said(environment, why, said_instead_of_building):
     assert why in said_instead_of_building(**environment)

@@ -407,16 +407,34 @@ def test_multiply_adds_are_fused_where_a_rule_says_so_and_nowhere_else(kernels):
         assert 0 <= twice < elements, name
 
 
-@pytest.mark.slow
-def test_contraction_would_be_seen(tmp_path):
-    """By the test above, were -fmad=false left out."""
+def compiled(path: Path, *options: str) -> dict[Name, str]:
+    """The PTX of apply.cu with these options."""
     nvcc = tool("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc")
-    ptx = tmp_path / "apply.ptx"
-    options = ["-std=c++17", "-O3", "-arch=compute_90", "-ptx", "-o", ptx]
-    subprocess.run([nvcc, *options, ROOT / "csrc/cuda/apply.cu"], check=True)
-    contracted = entries(ptx.read_text())
+    ptx = path / "apply.ptx"
+    usual = ["-std=c++17", "-O3", "-arch=compute_90", "-ptx", "-o", ptx]
+    subprocess.run([nvcc, *usual, *options, ROOT / "csrc/cuda/apply.cu"], check=True)
+    return entries(ptx.read_text())
+
+
+@pytest.mark.slow
+def test_tuning_makes_other_kernels(tmp_path):
+    """csrc/cuda/tuning.h; CMake makes these macros of FASTOPT_CUDA_TUNE."""
+    choices = ("THREADS=128", "BLOCKS=5", "BYTES=128", "RULES=lion+average")
+    kernels = compiled(tmp_path, "-fmad=false", *(f"-DFASTOPT_CUDA_{each}" for each in choices))
+    assert {name.rule for name in kernels} == {"Lion", "Average"}
+    ptx = kernels[Name("update", "Lion", UNIFORM[0], 1)]
+    assert ".maxntid 128," in ptx
+    assert ".minnctapersm 5" in ptx
+    loads = re.findall(r"ld\.global\.cs\.v4", ptx)
+    assert len(loads) == 4 * 3 + 4  # 4 pieces of 12 bytes for each of 4 elements, and of averages
+
+
+@pytest.mark.slow
+def test_contraction_would_be_seen(tmp_path):
+    """By the test above, were -fmad=false left out."""
+    contracted = compiled(tmp_path)
     assert contracted.keys() == {name for name in EXPECTED if not name.phase.endswith("_chunks")}
     assert all(contractible(entry) for entry in contracted.values())
 

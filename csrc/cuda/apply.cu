@@ -12,12 +12,11 @@
 #include "apply.h"
 #include "device.h"
 #include "launch.h"
+#include "tuning.h"
 #include "vector.h"
 
 namespace fastopt::cuda {
 namespace {
-
-constexpr int kThreads = 256;
 
 // One warp a block: advance is short, and its blocks spread over the multiprocessors.
 constexpr int kAdvanceThreads = 32;
@@ -148,13 +147,12 @@ struct Known {
   }
   // Where float64 is computed with, fewer threads have room.
   FASTOPT_RULE static constexpr int pieces(int states) {
-    const int least = kParamFormat == Format::kFloat64 ? 96 : 64;
     int count = 1;
-    while (count * piece_bytes(states) < least) count *= 2;
+    while (count * piece_bytes(states) < bytes_ahead(kParamFormat == Format::kFloat64)) count *= 2;
     return count;
   }
   FASTOPT_RULE static constexpr int resident_blocks(int states) {
-    return pieces(states) * piece_bytes(states) < 96 ? 3 : 2;
+    return blocks_for(pieces(states) * piece_bytes(states));
   }
 
  private:
@@ -187,7 +185,7 @@ struct Any {
   FASTOPT_RULE static constexpr int pieces(int states) {
     return kBlocks ? (states < 3 ? 4 : 2) : states < 2 ? 4 : states < 3 ? 2 : 1;
   }
-  FASTOPT_RULE static constexpr int resident_blocks(int) { return 2; }
+  FASTOPT_RULE static constexpr int resident_blocks(int) { return 512 / kThreads; }
 };
 
 // One slot as the threads of update see it.
@@ -772,7 +770,10 @@ void apply_as(const Table& table, const Group* groups, Batch& batch, void* strea
 
 template <class Rule>
 void apply_rule(const Table& table, const Group* groups, Batch& batch, void* stream) {
-  if (table.format[kParam] == Format::kFloat64) {
+  if constexpr (!is_built(Rule::kName)) {
+    throw std::runtime_error(std::string("this core was built for tuning, without the rule ") +
+                             Rule::kName);
+  } else if (table.format[kParam] == Format::kFloat64) {
     apply_as<Rule, double>(table, groups, batch, stream);
   } else {
     apply_as<Rule, float>(table, groups, batch, stream);

@@ -72,9 +72,10 @@ void Runner::run_on_cuda(int rule, const Table& table, const std::vector<Group>&
                          const Scaling& scaling, double average_weight) const {
   const Scratch scratch(table.device, cuda::scratch_bytes(table));
   void* const stream = torch().stream(table.device);
+  const cuda::Variant variant = cuda::variant_asked_for();
   // A launch waits where the device's queue is full: for other threads' work, perhaps.
   const py::gil_scoped_release release;
-  cuda::apply(rule, table, groups.data(), average_weight, scaling, scratch.data(), stream);
+  cuda::apply(rule, table, groups.data(), average_weight, scaling, variant, scratch.data(), stream);
 }
 
 // Hands the table to Python as bytes, gradients' addresses apart: they alone change every step.

@@ -24,6 +24,8 @@ KERNELS = """
 
 constexpr unsigned kWhole = 0xffffffff;
 
+extern "C" bool hold_back(bool from_now_on);
+
 static unsigned own() { return blockIdx.x * 96 + threadIdx.x; }
 static uint32_t* bytes_on(uint32_t* data, int bytes) {
   return reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(data) + bytes);
@@ -84,14 +86,44 @@ void misaligned_write(uint32_t* data) {
   data[own()] = 1;
 }
 
-const char* launch(void (*kernel)(uint32_t*), int blocks, int threads, uint32_t* data) {
+void write_7(uint32_t* data) { data[own()] = 7; }
+void add_1_after_waiting(uint32_t* data) {
+  cudaGridDependencySynchronize();
+  __syncwarp();
+  ++data[own()];
+}
+void read_before_waiting(uint32_t* data) {
+  const uint32_t early = data[own()];
+  cudaGridDependencySynchronize();
+  data[own()] = early + 1;
+}
+void write_before_waiting(uint32_t* data) {
+  data[own()] = 8;
+  cudaGridDependencySynchronize();
+}
+void lane_5_does_not_wait(uint32_t*) {
+  if (threadIdx.x != 5) cudaGridDependencySynchronize();
+}
+
+static const char* start(void (*kernel)(uint32_t*), int blocks, int threads, uint32_t* data,
+                         bool overlaps) {
   static std::string error;
   try {
-    const cudaLaunchConfig_t config{dim3(blocks), dim3(threads), nullptr};
+    cudaLaunchAttribute overlap{cudaLaunchAttributeProgrammaticStreamSerialization, {1}};
+    const cudaLaunchConfig_t config{dim3(blocks), dim3(threads), nullptr, &overlap, overlaps};
     return cudaGetErrorString(cudaLaunchKernelEx(&config, kernel, data));
   } catch (const std::runtime_error& e) {
     return (error = e.what()).c_str();
   }
+}
+const char* launch(void (*kernel)(uint32_t*), int blocks, int threads, uint32_t* data) {
+  return start(kernel, blocks, threads, data, false);
+}
+const char* launch_after(void (*first)(uint32_t*), void (*kernel)(uint32_t*), uint32_t* data) {
+  hold_back(true);
+  start(first, 2, 96, data, false);
+  const char* const said = start(kernel, 2, 96, data, true);
+  return hold_back(false) ? "a kernel has not run" : said;
 }
 
 }  // extern "C"
@@ -111,7 +143,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     sources = [source, ON_HOST / "device_on_host.cpp"]
     subprocess.run(["c++", *flags, *sources, "-o", so], check=True)
     library = ctypes.CDLL(str(so))
-    library.launch.restype = ctypes.c_char_p
+    library.launch.restype = library.launch_after.restype = ctypes.c_char_p
     return library
 
 
@@ -187,3 +219,31 @@ def test_an_error_in_a_lane_ends_the_launch(launch: Launch, kernel: str) -> None
     assert launch(kernel, data, blocks=1, threads=LANES) == "an access to 4 bytes is misaligned"
     assert data == [0] * COUNT  # no lane has gone on, and the stacks of all have been unwound
     assert launch("maximum", data) == "no error"
+
+
+def after_write_7(library: ctypes.CDLL, kernel: str, data: list[int]) -> str:
+    """As launched by `launch`, to overlap a kernel that writes 7 everywhere."""
+    memory = (ctypes.c_uint32 * len(data))(*data)
+    said: bytes = library.launch_after(library.write_7, getattr(library, kernel), memory)
+    data[:] = memory
+    return said.decode()
+
+
+def test_a_kernel_waits_for_the_one_before(library: ctypes.CDLL) -> None:
+    data = [0] * COUNT
+    assert after_write_7(library, "add_1_after_waiting", data) == "no error"
+    assert data == [8] * COUNT
+
+
+@pytest.mark.parametrize(
+    ("kernel", "wrong"), [("read_before_waiting", 1), ("write_before_waiting", 7)]
+)
+def test_what_comes_before_waiting_shows(library: ctypes.CDLL, kernel: str, wrong: int) -> None:
+    data = [0] * COUNT
+    assert after_write_7(library, kernel, data) == "no error"
+    assert sorted(data) == sorted([wrong] + [8] * (COUNT - 1))  # the first thread that ran
+
+
+def test_every_thread_must_wait(library: ctypes.CDLL) -> None:
+    said = after_write_7(library, "lane_5_does_not_wait", [0] * COUNT)
+    assert re.fullmatch("block [01], thread 5 has not waited for the kernel before", said), said

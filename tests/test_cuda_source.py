@@ -57,13 +57,19 @@ ROOT = Path(__file__).parents[1]
 # As in csrc/cuda/apply.cu: threads of a block, and what one launch of advance takes.
 ADVANCE_THREADS, UPDATE_THREADS = 32, 256
 SLOTS, GROUPS, LAYOUT_NUMBERS = 288, 16, 513
+FEW_SLOTS, FEW_GROUPS = 32, 4
 
 
 class Launch(ctypes.Structure):
     blocks: int
     threads: int
     vectors_streamed: int
-    _fields_ = [(name, ctypes.c_int64) for name in ("blocks", "threads", "vectors_streamed")]
+    argument_bytes: int
+    overlaps: int  # the kernel before
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("blocks", "threads", "vectors_streamed", "argument_bytes", "overlaps")
+    ]
 
 
 class Launches(NamedTuple):
@@ -332,3 +338,86 @@ def test_slots_groups_and_layouts_in_any_order():
     for optimizer in optimizers:
         optimizer.step()
     assert_same_bits(*optimizers)
+
+
+# Variants: csrc/cuda/tuning.h.
+
+
+@pytest.fixture
+def held_back(device):
+    """A launch runs only when the next one waits for it."""
+    device.core.hold_back(True)
+    yield
+    assert not device.core.hold_back(False)
+
+
+@pytest.mark.parametrize("variant", ["overlap", "few,overlap"])
+@every_rule
+def test_update_waits_for_advance(device, monkeypatch, held_back, name, variant):
+    """What it would read before is not what advance writes."""
+    monkeypatch.setenv("FASTOPT_CUDA_VARIANT", variant)
+    device.launches()
+    # No step leaves in memory what the next would find there: scale, rates and slots change.
+    for sizes in ([3, CHUNK + 9, 5], [CHUNK] * 3 + [5] * SLOTS):
+        optimizers = twins("cuda", name, [torch.randn(size) for size in sizes], average=0.75)
+        for step in range(4):
+            set_gradients(*optimizers)
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] *= 0.5
+                optimizer.grad_scale = torch.tensor(2.0**step)
+                parameters(optimizer)[step % 3].grad = None
+                optimizer.step()
+            assert_same_bits(*optimizers)
+    last = [launch for launch in device.launches() if launch.threads == UPDATE_THREADS]
+    assert all(launch.overlaps for launch in last)
+
+
+def test_nothing_overlaps_unless_it_is_asked_for(device):
+    cuda, _ = twins("cuda", "AdamW", many(3))
+    set_gradients(cuda)
+    device.launches()
+    cuda.step()
+    assert not any(launch.overlaps for launch in device.launches())
+
+
+@pytest.mark.parametrize("variant", ["", "few", "overlap,few"])
+@pytest.mark.parametrize(
+    ("slots", "groups", "are_few"),
+    [
+        (1, 1, True),
+        (FEW_SLOTS, FEW_GROUPS, True),
+        (FEW_SLOTS + 1, 1, False),
+        (FEW_GROUPS + 1, FEW_GROUPS + 1, False),
+    ],
+)
+def test_few_slots_are_sent_in_4_kib(device, monkeypatch, variant, slots, groups, are_few):
+    monkeypatch.setenv("FASTOPT_CUDA_VARIANT", variant)
+    values = many(slots)
+    cuda, cpu = twins(
+        "cuda",
+        "AdamW",
+        [{"params": values[i::groups], "lr": 0.1 / (1 + i)} for i in range(groups)],
+    )
+    for _ in range(2):
+        set_gradients(cuda, cpu)
+        device.launches()
+        cuda.step()
+        cpu.step()
+        advance, _ = device.launches()
+        assert (advance.argument_bytes <= 4096) == (are_few and "few" in variant)
+        assert_same_bits(cuda, cpu)
+
+
+def test_few_slots_of_many_layouts(device, monkeypatch):
+    monkeypatch.setenv("FASTOPT_CUDA_VARIANT", "few")
+    for count, are_few in ((1, True), (8, False)):
+        cuda, cpu = twins("cuda", "AdamW", [torch.randn(3, 5).t() for _ in range(count)])
+        for _ in range(2):
+            for optimizer in (cuda, cpu):
+                for param in parameters(optimizer):
+                    param.grad = torch.arange(15.0).view(param.shape)
+            device.launches()
+            cuda.step()
+            cpu.step()
+            assert (device.launches()[0].argument_bytes <= 4096) == are_few
+            assert_same_bits(cuda, cpu)

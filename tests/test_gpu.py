@@ -210,9 +210,21 @@ def test_gradscaler_unscales_and_skips_without_waiting(name, backend):
     assert_same_bits(gpu, cpu)
 
 
+@pytest.mark.parametrize("variant", ["", "overlap", "few", "overlap,few"])
+@every_optimizer
+def test_variants_and_averages_have_the_cpus_bits(name, variant, monkeypatch):
+    """csrc/cuda/tuning.h"""
+    monkeypatch.setenv("FASTOPT_CUDA_VARIANT", variant)
+    gpu, cpu = twins(name, "cuda", average=0.75)
+    step_both(gpu, cpu, steps=20)
+    assert_same_bits(gpu, cpu)
+
+
+@pytest.mark.parametrize("variant", ["", "overlap"])
 @every_backend
 @every_optimizer
-def test_graph_replays_what_has_changed_meanwhile(name, backend):
+def test_graph_replays_what_has_changed_meanwhile(name, backend, variant, monkeypatch):
+    monkeypatch.setenv("FASTOPT_CUDA_VARIANT", variant)
     gpu, cpu = twins(name, backend, lr=torch.tensor(1e-2), capturable=True)
     found_inf = gpu.found_inf = torch.zeros((), device="cuda")
     side = torch.cuda.Stream()

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.nvcc
 
 ROOT = Path(__file__).parents[1]
 
-THREADS = 256  # as in csrc/cuda/apply.cu
+THREADS, SLOTS = 256, 288  # as in csrc/cuda: of update, and of advance but for few
 
 # Formats by their number in csrc/formats/formats.h, with their bytes.
 FORMATS = ["float32", "float64", "bfloat16", "float16", "stochastic", "split"]
@@ -74,7 +74,7 @@ EXACT = {("ASGD", 1), ("RMSprop", 3)}
 class Name:
     phase: str
     rule: str
-    storage: tuple[str, ...]  # of advance: the precision of the arithmetic
+    storage: tuple[str, ...]  # of advance: the precision of the arithmetic, and for few slots
     states: int = 0
 
     def __str__(self) -> str:
@@ -133,7 +133,11 @@ def occurs(rule: str, storage: tuple[str, ...], states: int) -> bool:
 EXPECTED = {
     Name("add_chunks", "", ("float64",)),
     *(Name("sum_chunks", "", (dtype,)) for dtype in FORMATS[:4]),
-    *(Name("advance", rule, (precision,)) for rule in RULES for precision in FORMATS[:2]),
+    *(
+        Name("advance", rule, storage)
+        for rule in RULES
+        for storage in [("float32",), ("float32", "few"), ("float64",)]
+    ),
     *(
         Name("update", rule, storage, n)
         for rule, n in MULTIPLY_ADDS
@@ -145,7 +149,8 @@ EXPECTED = {
 OF_NORMS = re.compile(r"(?:(add_chunks)|(sum_chunks)I(?:([fd])|\w*?\d(BFloat16|Float16)E))")
 MANGLED = re.compile(
     r"(advance|update)INS_\d+(\w+?)E"
-    r"(?:([fd])|Li(\d)ENS\w*?_(?:3AnyILb(\d)E|5KnownILNS\w*?_6FormatE(\d)ELS\w*?_(\d)ELS\w*?_(\d)E))"
+    r"(?:([fd])NS1_7BatchOfILi(\d+)E"
+    r"|Li(\d)ENS\w*?_(?:3AnyILb(\d)E|5KnownILNS\w*?_6FormatE(\d)ELS\w*?_(\d)ELS\w*?_(\d)E))"
 )
 
 
@@ -156,9 +161,10 @@ def name_of(mangled: str) -> Name:
         return Name(
             last or phase, "", (narrow.lower() if narrow else precisions[precision or "d"],)
         )
-    phase, rule, precision, states, blocks, *formats = MANGLED.search(mangled).groups()
+    phase, rule, precision, slots, states, blocks, *formats = MANGLED.search(mangled).groups()
     if phase == "advance":
-        return Name(phase, rule, (precisions[precision],))
+        few = ("few",) if int(slots) < SLOTS else ()
+        return Name(phase, rule, (precisions[precision], *few))
     known = (
         tuple(FORMATS[int(i)] for i in formats) if blocks is None else (ANY, BLOCKS)[int(blocks)]
     )
@@ -358,6 +364,19 @@ def bytes_in_flight(name: Name, kernel: Kernel) -> int:
         return threads * sum(size * min(count, loads[size]) for size, count in tensors.items())
     assert kernel.are_together(sum(kernel.loads.values()) - name.averages)
     return threads * name.pieces * name.piece * sum(name.moved)
+
+
+def test_update_waits_before_it_touches_memory(kernels):
+    """Where it was started while advance still runs, which lets it start at once."""
+    touched = re.compile(r"\b(?:ld|st|prefetch)\.global|\batom\.")
+    for name, kernel in kernels.items():
+        waits, lets_start = (f"griddepcontrol.{what};" for what in ("wait", "launch_dependents"))
+        if name.phase == "update":
+            assert touched.search(kernel.ptx).start() > kernel.ptx.index(waits), name
+            opcodes = [each.opcode for each in kernel.instructions]
+            first = next(i for i, each in enumerate(opcodes) if re.match(r"(LD|ST)(G|\b)", each))
+            assert first > opcodes.index("ACQBULK"), name
+        assert (lets_start in kernel.ptx) == (name.phase == "advance"), name
 
 
 def test_enough_bytes_are_in_flight_to_hide_the_latency_of_memory(updates):

@@ -7,6 +7,8 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <string_view>
 #include <type_traits>
 
 #include "apply.h"
@@ -43,27 +45,33 @@ struct Work {
   float average_weight_rounded;
 };
 
-// advance's arguments: a batch of slots with their groups and layouts, which kernels take up to
-// 32,764 bytes of. Most models fit into one.
-constexpr int kBatchSlots = 288;
-constexpr int kBatchGroups = 16;
-constexpr int kBatchLayouts = 1 + 64 * (2 + kMaxTensors);  // one of torch's 64 dimensions fits
+// advance's arguments: a batch of slots with their groups and layouts.
+template <int kBatchSlots, int kBatchGroups, int kBatchLayouts>
+struct BatchOf {
+  static constexpr int kSlots = kBatchSlots, kGroups = kBatchGroups, kLayouts = kBatchLayouts;
 
-struct Batch {
   Work work;
   Scaling scaling;
   int64_t first_slot;    // the table's index of slots[0]
   int64_t first_layout;  // and of layouts[0]
   int tensors, slot_count, group_count, layout_count;
-  Slot slots[kBatchSlots];
-  Group groups[kBatchGroups];  // which the slots' group counts here
-  int64_t layouts[kBatchLayouts];
+  Slot slots[kSlots];
+  Group groups[kGroups];  // which the slots' group counts here
+  int64_t layouts[kLayouts];
 };
+
+// As large as kernels take them: most models fit into one. One of torch's 64 dimensions fits, too.
+using Batch = BatchOf<288, 16, 1 + 64 * (2 + kMaxTensors)>;
 static_assert(sizeof(Batch) <= 32764);
 
+// The same for few slots.
+using FewBatch = BatchOf<32, 4, 32>;
+static_assert(sizeof(FewBatch) <= 4096);
+
 // Phase one, a thread a slot.
-template <class Rule, class T>
+template <class Rule, class T, class Batch>
 __global__ void advance(const __grid_constant__ Batch batch) {
+  let_next_kernel_start();
   const int i = blockIdx.x * kAdvanceThreads + threadIdx.x;
   if (i >= batch.slot_count) return;
   const Work& work = batch.work;
@@ -676,6 +684,7 @@ template <class Rule, int kStates, class Formats>
 __global__ void __launch_bounds__(kThreads, Formats::resident_blocks(kStates))
     update(const __grid_constant__ Work work) {
   using T = typename Formats::Arithmetic;
+  wait_for_kernel_before();
   const Scale scale = *work.scale;
   int64_t i = 0;
   for (int64_t chunk = blockIdx.x; chunk < work.chunk_count; chunk += gridDim.x) {
@@ -697,12 +706,42 @@ int64_t layouts_of(const Table& table, const Slot& slot) {
   return slot.layout == kDense ? 0 : layout_size(table.layouts[slot.layout], table.tensors());
 }
 
-template <class Rule, class T>
-void advance_all(const Table& table, const Group* groups, Batch& batch, void* stream) {
+// What both launches of a step need.
+struct Step {
+  const Table& table;
+  const Group* groups;
+  const Scaling& scaling;
+  Variant variant;
+  void* stream;
+  Work work;
+};
+
+// Whether it takes one launch of advance with such arguments.
+template <class Batch>
+bool fits_in_one(const Table& table) {
+  int groups = 0;
+  int32_t last_group = -1;
+  for (const Slot& slot : table.slots) {
+    groups += slot.group != last_group;
+    last_group = slot.group;
+  }
+  return table.slots.size() <= Batch::kSlots && groups <= Batch::kGroups &&
+         table.layouts.size() <= Batch::kLayouts;
+}
+
+template <class Rule, class T, class Batch>
+void advance_all(const Step& step) {
+  const Table& table = step.table;
+  Batch batch;
+  batch.work = step.work;
+  batch.scaling = step.scaling;
+  batch.tensors = table.tensors();
+  batch.first_slot = batch.first_layout = 0;
+  batch.slot_count = batch.group_count = batch.layout_count = 0;
   int32_t last_group = -1;
   const auto send = [&] {
     const int blocks = (batch.slot_count + kAdvanceThreads - 1) / kAdvanceThreads;
-    launch(advance<Rule, T>, blocks, kAdvanceThreads, stream, batch);
+    launch(advance<Rule, T, Batch>, {blocks, kAdvanceThreads, step.stream}, batch);
     batch.first_slot += batch.slot_count;
     batch.first_layout += batch.layout_count;
     batch.slot_count = batch.group_count = batch.layout_count = 0;
@@ -710,12 +749,12 @@ void advance_all(const Table& table, const Group* groups, Batch& batch, void* st
   };
   for (const Slot& slot : table.slots) {
     const int64_t layout_count = layouts_of(table, slot);
-    if (batch.slot_count == kBatchSlots || batch.layout_count + layout_count > kBatchLayouts ||
-        (slot.group != last_group && batch.group_count == kBatchGroups)) {
+    if (batch.slot_count == Batch::kSlots || batch.layout_count + layout_count > Batch::kLayouts ||
+        (slot.group != last_group && batch.group_count == Batch::kGroups)) {
       send();
     }
     if (slot.group != last_group) {
-      batch.groups[batch.group_count++] = groups[slot.group];
+      batch.groups[batch.group_count++] = step.groups[slot.group];
       last_group = slot.group;
     }
     for (int64_t i = 0; i < layout_count; ++i) {
@@ -729,12 +768,14 @@ void advance_all(const Table& table, const Group* groups, Batch& batch, void* st
 }
 
 template <class Rule, int kStates, class Formats>
-bool launch_update(const Table& table, const Work& work, void* stream) {
+bool launch_update(const Step& step) {
   if constexpr (Formats::occur(kStates, narrow_states<Rule>())) {
-    if (!Formats::fit(table)) return false;
-    const int64_t blocks = Formats::resident_blocks(kStates) * multiprocessors(table.device);
-    launch(update<Rule, kStates, Formats>, std::min(blocks, work.chunk_count), kThreads, stream,
-           work);
+    if (!Formats::fit(step.table)) return false;
+    const DLDevice device = step.table.device;
+    const int64_t blocks = Formats::resident_blocks(kStates) * multiprocessors(device);
+    const bool overlaps = step.variant.overlap && can_overlap(device);
+    launch(update<Rule, kStates, Formats>,
+           {std::min(blocks, step.work.chunk_count), kThreads, step.stream, overlaps}, step.work);
     return true;
   } else {
     return false;
@@ -743,44 +784,54 @@ bool launch_update(const Table& table, const Work& work, void* stream) {
 
 // The first of these instances that fits.
 template <class Rule, int kStates, class... Formats>
-void launch_first(const Table& table, const Work& work, void* stream) {
-  (void)(launch_update<Rule, kStates, Formats>(table, work, stream) || ...);
+void launch_first(const Step& step) {
+  (void)(launch_update<Rule, kStates, Formats>(step) || ...);
 }
 
 template <class Rule, int kStates = Rule::kFewestStates>
-void update_all(const Table& table, const Work& work, void* stream) {
-  if (table.states == kStates) {
+void update_all(const Step& step) {
+  if (step.table.states == kStates) {
     constexpr Format k32 = Format::kFloat32, k64 = Format::kFloat64, kB16 = Format::kBFloat16,
                      kF16 = Format::kFloat16, kS16 = Format::kBFloat16Stochastic,
                      kSplit = Format::kSplit;
     launch_first<Rule, kStates, Known<k32, k32, k32>, Known<k64, k64, k64>, Known<kB16, kB16, kB16>,
                  Known<kF16, kF16, kF16>, Known<k32, k32, kS16>, Known<kSplit, kB16, k32>,
-                 Known<kSplit, kB16, kS16>, Known<kB16, kB16, k32>, Any<false>, Any<true>>(
-        table, work, stream);
+                 Known<kSplit, kB16, kS16>, Known<kB16, kB16, k32>, Any<false>, Any<true>>(step);
   } else if constexpr (kStates < kMostStates<Rule>) {
-    update_all<Rule, kStates + 1>(table, work, stream);
+    update_all<Rule, kStates + 1>(step);
   }
 }
 
 template <class Rule, class T>
-void apply_as(const Table& table, const Group* groups, Batch& batch, void* stream) {
-  advance_all<Rule, T>(table, groups, batch, stream);
-  if (table.chunk_count > 0) update_all<Rule>(table, batch.work, stream);
+void apply_as(const Step& step) {
+  constexpr bool kMayBeFew = std::is_same_v<T, float>;  // to make fewer kernels
+  if (kMayBeFew && step.variant.few && fits_in_one<FewBatch>(step.table)) {
+    advance_all<Rule, T, std::conditional_t<kMayBeFew, FewBatch, Batch>>(step);
+  } else {
+    advance_all<Rule, T, Batch>(step);
+  }
+  if (step.work.chunk_count > 0) update_all<Rule>(step);
 }
 
 template <class Rule>
-void apply_rule(const Table& table, const Group* groups, Batch& batch, void* stream) {
+void apply_rule(const Step& step) {
   if constexpr (!is_built(Rule::kName)) {
     throw std::runtime_error(std::string("this core was built for tuning, without the rule ") +
                              Rule::kName);
-  } else if (table.format[kParam] == Format::kFloat64) {
-    apply_as<Rule, double>(table, groups, batch, stream);
+  } else if (step.table.format[kParam] == Format::kFloat64) {
+    apply_as<Rule, double>(step);
   } else {
-    apply_as<Rule, float>(table, groups, batch, stream);
+    apply_as<Rule, float>(step);
   }
 }
 
 }  // namespace
+
+Variant variant_asked_for() {
+  const char* const asked = std::getenv("FASTOPT_CUDA_VARIANT");
+  const std::string_view list = asked ? asked : "";
+  return {names(list, "overlap"), names(list, "few")};
+}
 
 int64_t scratch_bytes(const Table& table) {
   return static_cast<int64_t>(table.slots.size() * (sizeof(Slot) + kScalarBytes) +
@@ -788,15 +839,15 @@ int64_t scratch_bytes(const Table& table) {
 }
 
 void apply(int rule, const Table& table, const Group* groups, double average_weight,
-           const Scaling& scaling, void* scratch, void* stream) {
-  constexpr void (*kApply[])(const Table&, const Group*, Batch&, void*) = {
+           const Scaling& scaling, Variant variant, void* scratch, void* stream) {
+  constexpr void (*kApply[])(const Step&) = {
 #define FASTOPT_APPLY(Rule) apply_rule<Rule>,
       FASTOPT_FOR_EACH_RULE(FASTOPT_APPLY)
 #undef FASTOPT_APPLY
   };
   const DeviceGuard guard(table.device);
-  Batch batch;
-  Work& work = batch.work;
+  Step step{table, groups, scaling, variant, stream, {}};
+  Work& work = step.work;
   work.slot_count = static_cast<int64_t>(table.slots.size());
   work.chunk_count = table.chunk_count;
   work.counts = table.counts;
@@ -808,11 +859,7 @@ void apply(int rule, const Table& table, const Group* groups, double average_wei
   work.layouts =
       reinterpret_cast<int64_t*>(static_cast<char*>(work.scalars) + work.slot_count * kScalarBytes);
   work.scale = reinterpret_cast<Scale*>(work.layouts + table.layouts.size());
-  batch.tensors = table.tensors();
-  batch.scaling = scaling;
-  batch.first_slot = batch.first_layout = 0;
-  batch.slot_count = batch.group_count = batch.layout_count = 0;
-  kApply[rule](table, groups, batch, stream);
+  kApply[rule](step);
 }
 
 }  // namespace fastopt::cuda

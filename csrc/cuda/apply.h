@@ -8,6 +8,13 @@ namespace fastopt::cuda {
 // States of a slot with which an average can go along, see apply.
 constexpr int kMostWithAverage = 2;
 
+// What a run can try, see tuning.h, as the environment asks for it; to be called where nobody
+// changes that, which in Python is while the GIL is held.
+struct Variant {
+  bool overlap, few;
+};
+Variant variant_asked_for();
+
 // Device memory, of any content, that apply needs for a table.
 int64_t scratch_bytes(const Table& table);
 
@@ -17,7 +24,7 @@ int64_t scratch_bytes(const Table& table);
 // rule Average would move it with this weight once the parameter is stored: the slot is kDense, the
 // average's elements are the arithmetic's, float32 or float64.
 void apply(int rule, const Table& table, const Group* groups, double average_weight,
-           const Scaling& scaling, void* scratch, void* stream);
+           const Scaling& scaling, Variant variant, void* scratch, void* stream);
 
 // Device memory, of any content, that norm needs for tables of one device.
 int64_t norm_scratch_bytes(const std::vector<Table>& tables);

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <iterator>
 
 namespace fastopt::cuda {
@@ -14,6 +15,11 @@ int attribute(cudaDeviceAttr name, DLDevice device) {
   int value = 0;
   cudaDeviceGetAttribute(&value, name, device.device_id);
   return value;
+}
+
+int capability_of(DLDevice device) {
+  return 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+         attribute(cudaDevAttrComputeCapabilityMinor, device);
 }
 
 std::string version(int capability) {
@@ -34,7 +40,7 @@ std::string why_not(DLDevice device) {
   int driver = 0;
   cudaDriverGetVersion(&driver);
   if (driver < kLargeArguments) return "its driver is older than R530 (CUDA 12.1); update it";
-  const int capability = 10 * major + attribute(cudaDevAttrComputeCapabilityMinor, device);
+  const int capability = capability_of(device);
   // Machine code runs on later devices of its own generation, the newest's PTX on all to come.
   constexpr int kBuilt[] = {FASTOPT_CUDA_ARCHITECTURES};
   for (const int built : kBuilt) {
@@ -47,6 +53,14 @@ std::string why_not(DLDevice device) {
   return "the GPU has compute capability " + version(capability) + ", this build is for " +
          versions +
          "and later; rebuild with FASTOPT_CUDA_ARCHITECTURES=" + std::to_string(capability);
+}
+
+bool can_overlap(DLDevice device) {
+  // Code for earlier capabilities, which does not wait, must not be what runs there.
+  constexpr int kFirst = 90, kBuilt[] = {FASTOPT_CUDA_ARCHITECTURES};
+  const int capability = capability_of(device);
+  return std::any_of(std::begin(kBuilt), std::end(kBuilt),
+                     [&](int built) { return built >= kFirst && built <= capability; });
 }
 
 int multiprocessors(DLDevice device) { return attribute(cudaDevAttrMultiProcessorCount, device); }

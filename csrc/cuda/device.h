@@ -12,6 +12,9 @@ std::string why_not(DLDevice device);
 
 int multiprocessors(DLDevice device);
 
+// Whether a kernel can start there while the one before it runs, and wait for it.
+bool can_overlap(DLDevice device);
+
 // Makes a device the calling thread's current one, and what was current before so again.
 class DeviceGuard {
  public:

@@ -22,13 +22,39 @@ __device__ inline double read(const Number& number) {
   }
 }
 
+// A kernel whose grid overlaps the one before it on its stream calls this in every thread, before
+// it reads what that one wrote and before it writes: it returns when that one has ended.
+__device__ inline void wait_for_kernel_before() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
+// From here on the next kernel's blocks may start, if its grid overlaps. They wait for the end.
+__device__ inline void let_next_kernel_start() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+struct Grid {
+  int64_t blocks;
+  int threads;
+  void* stream;
+  bool overlaps = false;
+};
+
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
-            const Arguments&... arguments) {
+void launch(void (*kernel)(Parameters...), const Grid& grid, const Arguments&... arguments) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(threads);
-  config.stream = static_cast<cudaStream_t>(stream);
+  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+  config.blockDim = dim3(grid.threads);
+  config.stream = static_cast<cudaStream_t>(grid.stream);
+  config.attrs = &overlap;
+  config.numAttrs = grid.overlaps ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string("CUDA did not launch a step: ") +

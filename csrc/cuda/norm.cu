@@ -128,7 +128,7 @@ void sum_table(const Table& table, double* sums, void* stream) {
   batch.piece_count = batch.layout_count = 0;
   const auto send = [&] {
     const int64_t blocks = (batch.chunk_count * kLanes + kThreads - 1) / kThreads;
-    if (blocks > 0) launch(sum_chunks<E>, std::min(blocks, most), kThreads, stream, batch);
+    if (blocks > 0) launch(sum_chunks<E>, {std::min(blocks, most), kThreads, stream}, batch);
     batch.first_chunk += batch.chunk_count;
     batch.chunk_count = batch.piece_count = batch.layout_count = 0;
   };
@@ -170,7 +170,8 @@ void norm(const std::vector<Table>& tables, const Number& grad_scale, void* scra
     }
     count += table.chunk_count;
   }
-  launch(add_chunks, 1, kLanes, stream, static_cast<const double*>(sums), count, grad_scale, norm);
+  launch(add_chunks, {1, kLanes, stream}, static_cast<const double*>(sums), count, grad_scale,
+         norm);
 }
 
 }  // namespace fastopt::cuda

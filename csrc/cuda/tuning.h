@@ -10,6 +10,11 @@
 //             768 threads where a thread asks for less than 96 bytes, and else 512
 //   RULES     whose kernels are built, such as adam+sgd: the names in csrc/rules. As usual all
 // BYTES and BLOCKS are of kernels that know their formats when they are compiled.
+//
+// A run: FASTOPT_CUDA_VARIANT="overlap,few" in the environment, read anew at each step, asks for
+//   overlap   update's blocks start while advance runs, and wait there for its end; on devices of
+//             compute capability 9.0 and later, and in graphs with a driver of CUDA 12.3 or later
+//   few       a table of few slots, but of float64, is sent to the device in 4 KiB; as usual in 32
 #pragma once
 
 #include <algorithm>

@@ -2,6 +2,8 @@
 // the kernels are plain functions, and a launch runs them block by block, thread by thread. A
 // thread runs to its end, or to a shuffle, where it waits for the other lanes of its warp.
 //
+// A kernel that may overlap the one before it can be made to: see hold_back.
+//
 // It refuses what a device would: misaligned vectors and words, impossible grids, arguments that
 // are too large; and of shuffles all but those in which the whole warp takes part at one place.
 // What it cannot show is listed in tests/test_cuda_source.py.
@@ -12,6 +14,7 @@
 #include <functional>
 #include <string>
 #include <string_view>
+#include <tuple>
 
 #define __global__
 #define __device__
@@ -93,21 +96,39 @@ inline void __syncwarp(unsigned mask = 0xffffffff, const char* file = __builtin_
   meet({file, line, mask, 0}, 0);
 }
 
+// Where a kernel waits for the one before it. If that one is held back, it runs now, and in a
+// kernel launched to overlap it every thread must come here.
+void cudaGridDependencySynchronize();
+inline void cudaTriggerProgrammaticLaunchCompletion() {}
+
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
 const char* cudaGetErrorString(cudaError_t error);
 
 using cudaStream_t = struct StreamOnHost*;
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 
 // Calls the kernel once for each thread of the grid.
-cudaError_t run_on_host(const cudaLaunchConfig_t& config, const std::function<void()>& kernel);
+cudaError_t run_on_host(const cudaLaunchConfig_t& config, size_t argument_bytes,
+                        const std::function<void()>& kernel);
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
-  static_assert((sizeof(Parameters) + ...) <= 32764);
-  return run_on_host(*config, [&] { kernel(arguments...); });
+  constexpr size_t kBytes = (sizeof(Parameters) + ...);
+  static_assert(kBytes <= 32764);
+  return run_on_host(*config, kBytes, [kernel, copies = std::tuple<Parameters...>(arguments...)] {
+    std::apply(kernel, copies);
+  });
 }

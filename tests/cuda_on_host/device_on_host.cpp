@@ -7,8 +7,10 @@
 #include <cstdint>
 #include <exception>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../../csrc/cuda/device.h"
@@ -57,9 +59,18 @@ void switch_fibers(Fiber& from, const Fiber& to) {
 // the next fiber takes the rest. So a warp in which no lane waits costs a single fiber.
 class Warp {
  public:
-  // Of the block's threads those in [begin, end).
-  void run(const std::function<void()>& kernel, int begin, int end, bool backwards) {
+  // A warp of a kernel that a lane of `outer` waits for, if there is such.
+  explicit Warp(Warp* outer = nullptr) : outer_(outer) {}
+
+  // Of the block's threads those in [begin, end). Whether each must wait for the kernel before.
+  void run(const std::function<void()>& kernel, int begin, int end, bool backwards,
+           bool must_wait) {
+    if (outer_) {
+      host_.stack = outer_->fibers_[outer_->running_].stack;
+      host_.bytes = outer_->fibers_[outer_->running_].bytes;
+    }
     kernel_ = &kernel;
+    must_wait_ = must_wait;
     begin_ = begin;
     count_ = end - begin;
     backwards_ = backwards;
@@ -74,6 +85,9 @@ class Warp {
     if (error_) std::rethrow_exception(error_);
   }
 
+  // In a lane: it has waited for the kernel before.
+  void note_wait() { lanes_[threadIdx.x % kLanes].waited = true; }
+
   // In a lane.
   uint32_t meet(const Meeting& meeting, uint32_t value) {
     if (meeting.mask != 0xffffffff || meeting.lane_mask < 0 || meeting.lane_mask >= kLanes) {
@@ -81,7 +95,7 @@ class Warp {
     }
     const unsigned thread = threadIdx.x;
     Lane& lane = lanes_[thread % kLanes];
-    lane = {true, meeting, value};
+    lane = {true, meeting, value, lane.waited};
     give_way();
     lane.waits = false;
     if (error_) throw Abandoned();
@@ -94,6 +108,7 @@ class Warp {
     bool waits;
     Meeting meeting;
     uint32_t value;  // that it brings, and then that it takes away
+    bool waited;     // for the kernel before
   };
 
   struct Abandoned {};  // unwinds the stack of a lane that waits in vain
@@ -150,9 +165,22 @@ class Warp {
     switch_fibers(from, ++running_ < used_ ? fibers_[running_] : host_);
   }
 
+  void run_lane(int thread) {
+    threadIdx.x = thread;
+    Lane& lane = lanes_[thread % kLanes];
+    lane.waited = false;
+    (*kernel_)();
+    if (must_wait_ && !lane.waited) {
+      throw std::runtime_error("block " + std::to_string(blockIdx.x) + ", thread " +
+                               std::to_string(thread) + " has not waited for the kernel before");
+    }
+  }
+
   static void run_lanes();
 
+  Warp* outer_;
   const std::function<void()>* kernel_;
+  bool must_wait_;
   int begin_, count_, started_;
   int used_, running_;  // fibers
   bool backwards_;
@@ -161,17 +189,18 @@ class Warp {
   Fiber host_, fibers_[kLanes];
   std::unique_ptr<char[]> stacks_[kLanes];
 };
-thread_local Warp warp;
+thread_local Warp of_host, of_lane(&of_host);
+thread_local Warp* running = nullptr;
 
 // A fiber's life: it never returns, and serves warp after warp.
 void Warp::run_lanes() {
+  Warp& warp = *running;
   __sanitizer_finish_switch_fiber(nullptr, &warp.host_.stack, &warp.host_.bytes);
   for (;;) {
     try {
       while (!warp.error_ && warp.started_ < warp.count_) {
         const int i = warp.started_++;
-        threadIdx.x = warp.begin_ + (warp.backwards_ ? warp.count_ - 1 - i : i);
-        (*warp.kernel_)();
+        warp.run_lane(warp.begin_ + (warp.backwards_ ? warp.count_ - 1 - i : i));
       }
     } catch (const Abandoned&) {
     } catch (...) {
@@ -182,44 +211,96 @@ void Warp::run_lanes() {
 }
 
 struct Launch {
-  int64_t blocks, threads, vectors_streamed;
+  int64_t blocks, threads, vectors_streamed, argument_bytes, overlaps;
 };
 std::vector<Launch> launches;
 unsigned launches_ever = 0;
 
+// A launch, by its place among them, with what it is to run.
+struct Kernel {
+  size_t launch;
+  bool backwards;
+  std::function<void()> call;
+};
+bool holding_back = false;
+std::optional<Kernel> held_back;
+
+void run(const Kernel& kernel) {
+  const Launch launch = launches[kernel.launch];
+  const auto outside = std::make_tuple(running, threadIdx, blockIdx, gridDim, vectors_streamed);
+  running = running ? &of_lane : &of_host;
+  gridDim = dim3(static_cast<unsigned>(launch.blocks));
+  vectors_streamed = 0;
+  const int64_t warps = (launch.threads + kLanes - 1) / kLanes;  // of a block
+  const int64_t count = launch.blocks * warps;
+  std::exception_ptr error;
+  for (int64_t i = 0; i < count && !error; ++i) {
+    const int64_t at = kernel.backwards ? count - 1 - i : i;
+    blockIdx.x = static_cast<unsigned>(at / warps);
+    const int64_t begin = at % warps * kLanes;
+    try {
+      running->run(kernel.call, begin, std::min(begin + kLanes, launch.threads), kernel.backwards,
+                   launch.overlaps);
+    } catch (...) {
+      error = std::current_exception();
+    }
+  }
+  launches[kernel.launch].vectors_streamed = vectors_streamed;
+  std::tie(running, threadIdx, blockIdx, gridDim, vectors_streamed) = outside;
+  if (error) std::rethrow_exception(error);
+}
+
+void run_held_back() {
+  if (held_back) run(*std::exchange(held_back, std::nullopt));
+}
+
 }  // namespace
+
+// Whether a kernel runs only when the next is launched, or waits for it if it overlaps: then what
+// that one reads too early is what was there before. Returns whether one had yet to run, which it
+// then never will.
+extern "C" __attribute__((visibility("default"))) bool hold_back(bool from_now_on) {
+  holding_back = from_now_on;
+  return std::exchange(held_back, std::nullopt).has_value();
+}
 
 // The launches since the last call, at most so many; returns how many there were.
 extern "C" __attribute__((visibility("default"))) int64_t past_launches(Launch* to, int64_t room) {
+  run_held_back();
   const auto count = static_cast<int64_t>(launches.size());
   std::copy_n(launches.begin(), std::min(count, room), to);
   launches.clear();
   return count;
 }
 
-uint32_t meet(const Meeting& meeting, uint32_t value) { return warp.meet(meeting, value); }
+uint32_t meet(const Meeting& meeting, uint32_t value) { return running->meet(meeting, value); }
+
+void cudaGridDependencySynchronize() {
+  running->note_wait();
+  run_held_back();
+}
 
 // Nothing says in which order threads run: here forwards in two launches, backwards in the next
 // two, so that both kernels of a step meet both.
-cudaError_t run_on_host(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) {
-  Launch launch{config.gridDim.x, config.blockDim.x, 0};
+cudaError_t run_on_host(const cudaLaunchConfig_t& config, size_t argument_bytes,
+                        const std::function<void()>& call) {
+  const bool overlaps =
+      config.numAttrs > 0 && config.attrs->val.programmaticStreamSerializationAllowed;
+  const Launch launch{config.gridDim.x, config.blockDim.x, 0, static_cast<int64_t>(argument_bytes),
+                      overlaps};
   if (launch.blocks < 1 || launch.blocks > INT32_MAX || launch.threads < 1 ||
       launch.threads > 1024) {
     return cudaErrorInvalidConfiguration;
   }
   const bool backwards = ++launches_ever / 2 % 2 == 1;
-  gridDim = config.gridDim;
-  vectors_streamed = 0;
-  const int64_t warps = (launch.threads + kLanes - 1) / kLanes;  // of a block
-  const int64_t count = launch.blocks * warps;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t at = backwards ? count - 1 - i : i;
-    blockIdx.x = static_cast<unsigned>(at / warps);
-    const int64_t begin = at % warps * kLanes;
-    warp.run(kernel, begin, std::min(begin + kLanes, launch.threads), backwards);
-  }
-  launch.vectors_streamed = vectors_streamed;
   launches.push_back(launch);
+  const Kernel kernel{launches.size() - 1, backwards, call};
+  if (!overlaps) run_held_back();
+  if (holding_back && !overlaps) {
+    held_back = kernel;
+  } else {
+    run(kernel);
+  }
   return cudaSuccess;
 }
 
@@ -228,6 +309,8 @@ namespace fastopt::cuda {
 std::string why_not(DLDevice device) {
   return device.device_type == kDLCPU ? "" : "in this build it takes CPU tensors only";
 }
+
+bool can_overlap(DLDevice) { return true; }
 
 // Few, so that every block takes several turns.
 int multiprocessors(DLDevice) { return 3; }

@@ -7,7 +7,9 @@ import functools
 import os
 import platform
 import re
+import shutil
 import subprocess
+import sysconfig
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -65,6 +67,46 @@ def free_bytes(device: str) -> int:
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
     return 1024 * _status("MemAvailable", Path("/proc/meminfo"))
+
+
+@functools.cache
+def peak_bandwidth(device: str) -> float | None:
+    """Bytes a second between a GPU and its memory, by its memory's clock (which has two edges) and
+    the width of its bus; None where the driver tells neither, and for a CPU."""
+    if device != "cuda":
+        return None
+    driver = ctypes.CDLL("libcuda.so.1")
+    number = torch.cuda.current_device()
+    clock, width = (
+        _attribute(driver, attribute, number) for attribute in (MEMORY_CLOCK_RATE, MEMORY_BUS_WIDTH)
+    )
+    return 2 * 1e3 * clock * width / 8 or None
+
+
+# Of CUdevice_attribute; in kilohertz and bits.
+MEMORY_CLOCK_RATE, MEMORY_BUS_WIDTH = 36, 37
+
+
+def _attribute(driver: ctypes.CDLL, attribute: int, number: int) -> int:
+    """Of the device of this number, or 0."""
+    handle, value = ctypes.c_int(), ctypes.c_int()
+    if driver.cuDeviceGet(ctypes.byref(handle), number):
+        return 0
+    if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle):
+        return 0
+    return value.value
+
+
+def cuda_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit, looked for where the build looks for nvcc; it may also lie
+    beside nvcc, which can be a link."""
+    folders = [f"{os.environ[v]}/bin" for v in ("CUDA_HOME", "CUDA_PATH") if v in os.environ]
+    folders += [*os.get_exec_path(), "/usr/local/cuda/bin"]
+    folders += map(str, Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin"))
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
+    if nvcc is not None:
+        folders.append(str(Path(nvcc).resolve().parent))
+    return shutil.which(name, path=os.pathsep.join(folders))
 
 
 def synchronize(device: str) -> None:

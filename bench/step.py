@@ -3,7 +3,8 @@
 The contenders step in turn, round after round, in one process, so that what disturbs one disturbs
 the others. Times are medians over the rounds; a ratio is the median of each round's ratio. Where
 memory is what bounds a step, the ceiling is measured in the same rounds: on a CPU as many threads
-stream the same arrays with next to no arithmetic, on a GPU a gigabyte is copied.
+stream the same arrays with next to no arithmetic; on a GPU each contender's own tensors are read
+and written as they are, in the launch shape of our update.
 
     python bench/step.py
     python bench/step.py --workload lora-bert --contender "torch compile"
@@ -11,7 +12,8 @@ stream the same arrays with next to no arithmetic, on a GPU a gigabyte is copied
 
 Columns of the CSV: median, p20 and p80 until the device has finished; host, until step() has
 returned; device, what a GPU is busy for; GB/s, the bytes that such a step moves at least (all read,
-all but the gradient written) over its time; step_peak_mb, memory in use during a step beyond
+all but the gradient written) over its time; ceiling_share, of what streaming reaches; peak_share, of
+what the GPU's memory could by its clock and bus, where the driver tells them; step_peak_mb, memory in use during a step beyond
 parameters, gradients and states; ratio, how many times as fast as the reference; skipped, the
 reason where a contender could not run.
 """

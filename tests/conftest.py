@@ -4,15 +4,22 @@ In CI nothing but a GPU, the compilers of other processors and what a test marke
 be missing: any other skip is a failure.
 """
 
+import ctypes
 import gc
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
+
+ROOT = Path(__file__).parents[1]
 
 COMPILERS = {"nvcc": "nvcc", "aarch64": "aarch64-linux-gnu-g++"}  # by the mark of what needs it
 
@@ -74,6 +81,29 @@ def accelerator():
 
     yield make
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def core_on_host():
+    """A core whose CUDA kernels run on the CPU: the installed one where it is such a build."""
+    from fastopt import _C
+
+    if hasattr(ctypes.CDLL(_C.__file__), "past_launches"):
+        return _C
+    folder = ROOT / "build" / "cuda_on_host"
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade"]
+    # Both processes of `make test` may come to these tests at once.
+    with FileLock(folder.with_suffix(".lock")):
+        subprocess.run(
+            [*install, "--target", folder, ROOT],
+            env={**os.environ, "FASTOPT_CUDA_ON_HOST": "ON"},
+            check=True,
+        )
+        (path,) = (folder / "fastopt").glob("_C.*.so")
+        spec = importlib.util.spec_from_file_location("cuda_on_host._C", path)
+        core = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(core)
+    return core
 
 
 def missing(node):

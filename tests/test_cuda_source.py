@@ -15,17 +15,11 @@ The rest of it, test_gpu.py shows on a GPU.
 """
 
 import ctypes
-import importlib.util
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from cases import (
@@ -51,8 +45,6 @@ from same_bits import *  # noqa: F403 - its tests
 from same_bits import FORMATS, assert_steps_alike, set_gradients, twins
 
 pytestmark = [native_only, pytest.mark.network]
-
-ROOT = Path(__file__).parents[1]
 
 # As in csrc/cuda/apply.cu: threads of a block, and what one launch of advance takes.
 ADVANCE_THREADS, UPDATE_THREADS = 32, 256
@@ -96,27 +88,6 @@ class Device:
         assert {launch.threads for launch in advance} == {ADVANCE_THREADS}
         assert update.threads == UPDATE_THREADS
         return Launches(len(advance), update)
-
-
-@pytest.fixture(scope="session")
-def core_on_host():
-    """A core whose CUDA kernels run on the CPU: the installed one where it is such a build."""
-    if hasattr(ctypes.CDLL(engine._C.__file__), "past_launches"):
-        return engine._C
-    folder = ROOT / "build" / "cuda_on_host"
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade"]
-    # Both processes of `make test` may come to these tests at once.
-    with FileLock(folder.with_suffix(".lock")):
-        subprocess.run(
-            [*install, "--target", folder, ROOT],
-            env={**os.environ, "FASTOPT_CUDA_ON_HOST": "ON"},
-            check=True,
-        )
-        (path,) = (folder / "fastopt").glob("_C.*.so")
-        spec = importlib.util.spec_from_file_location("cuda_on_host._C", path)
-        core = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(core)
-    return core
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -34,17 +35,8 @@ class Clock:
         machine.synchronize(self.device)
         self.total.append(time.perf_counter() - start)
         if self.device == "cuda":
-            self.busy.append(self._device_seconds())
-
-    def _device_seconds(self) -> float:
-        self.situation.before()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(int(1.5 * self.host[-1] * CYCLES_PER_SECOND))
-        begin.record()
-        self.situation.turn()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) * 1e-3
+            self.situation.before()
+            self.busy.append(device_seconds(self.situation.turn, self.host[-1]))
 
     def warm_up(self) -> None:
         for _ in range(WARM_UP):
@@ -56,3 +48,14 @@ class Clock:
     def moving(self) -> list[float]:
         """Seconds in which the bytes were moved."""
         return self.busy or self.total
+
+
+def device_seconds(turn: Callable[[], None], host_seconds: float) -> float:
+    """Of what `turn` enqueues in about so many seconds, during which the device sleeps."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(int(1.5 * host_seconds * CYCLES_PER_SECOND))
+    begin.record()
+    turn()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e-3

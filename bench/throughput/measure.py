@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import signal
 import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -120,27 +121,62 @@ def measure_together(
         else:
             clocks[name] = clock
     reference = clocks.get(setting.reference)
-    limit = memory_limit(setting, reference)
-    limits = []
+    limits = Limits(setting, clocks, reference)
     end = time.perf_counter() + seconds
     rounds = 0
     while clocks and (rounds < LEAST_ROUNDS or time.perf_counter() < end):
         for clock in clocks.values():
             clock.turn()
-        if limit is not None:
-            limits.append(limit.bytes_moved / limit.seconds())
+        limits.turn()
         rounds += 1
     rows = [
-        {"contender": name, **figures(clock, reference, limits)} for name, clock in clocks.items()
+        {"contender": name, **figures(clock, reference, limits.of(name))}
+        for name, clock in clocks.items()
     ]
     return rows + skipped
 
 
-def memory_limit(setting: Setting, reference: Clock | None) -> ceiling.Stream | ceiling.Copy | None:
+class Limits:
+    """What memory allows, measured in the rounds of the contenders: on a GPU of each one's own
+    tensors, on a CPU of the reference's for all."""
+
+    def __init__(self, setting: Setting, clocks: dict[str, Clock], reference: Clock | None) -> None:
+        self.rates: dict[str, list[float]] = {}  # bytes a second
+        self.streams: dict[str, ceiling.Stream | ceiling.DeviceStream] = {}
+        self.is_shared = setting.device == "cpu"
+        if self.is_shared:
+            stream = host_stream(setting, reference)
+            self.streams = {} if stream is None else {"": stream}
+        elif setting.situation != "offloaded":  # its bound is a bus
+            for name, clock in clocks.items():
+                stream = device_stream(clock)
+                if stream is not None:
+                    self.streams[name] = stream
+
+    def turn(self) -> None:
+        for name, stream in self.streams.items():
+            self.rates.setdefault(name, []).append(stream.rate())
+
+    def of(self, contender: str) -> list[float]:
+        return self.rates.get("" if self.is_shared else contender, [])
+
+
+def device_stream(clock: Clock) -> ceiling.DeviceStream | None:
+    if moved_bytes(clock.situation) < CACHES:
+        return None
+    clock.situation.before()
+    try:
+        stream = ceiling.DeviceStream(clock.situation)
+        stream.rate()  # warms up
+    except (OSError, subprocess.SubprocessError, RuntimeError) as error:
+        print(f"no ceiling: {reason(error)}", file=sys.stderr)
+        return None
+    return stream
+
+
+def host_stream(setting: Setting, reference: Clock | None) -> ceiling.Stream | None:
     if reference is None or moved_bytes(reference.situation) < CACHES:
         return None
-    if reference.situation.params[0].is_cuda:
-        return ceiling.Copy()
     states = state_bytes(reference.situation.optimizers) // (4 * elements(setting.shapes))
     kept = min(2, states)
     if 4 * (2 + kept) * elements(setting.shapes) > 0.9 * machine.free_bytes("cpu"):
@@ -167,13 +203,16 @@ def figures(clock: Clock, reference: Clock | None, limits: list[float]) -> Row:
         shares = [moved / t / limit for t, limit in zip(clock.moving, limits, strict=True)]
         row["ceiling_gb_per_s"] = f"{statistics.median(limits) / 1e9:.1f}"
         row["ceiling_share"] = f"{statistics.median(shares):.2f}"
+    peak = machine.peak_bandwidth(clock.situation.params[0].device.type)
+    if peak:
+        row["peak_share"] = f"{moved / statistics.median(clock.moving) / peak:.2f}"
     if reference is not None:
         ratios = [r / t for r, t in zip(reference.total, clock.total, strict=True)]
         low, ratio, high = (f"{value:.2f}" for value in percentiles(ratios))
         row |= {"ratio": ratio, "ratio_p20": low, "ratio_p80": high}
     clock.situation.before()
-    peak = machine.extra_bytes(clock.situation.turn, clock.device)
-    return row | {"step_peak_mb": f"{peak / 1e6:.1f}"}
+    extra = machine.extra_bytes(clock.situation.turn, clock.device)
+    return row | {"step_peak_mb": f"{extra / 1e6:.1f}"}
 
 
 def percentiles(values: list[float]) -> tuple[float, float, float]:

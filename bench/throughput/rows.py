@@ -17,7 +17,7 @@ COLUMNS = [
     *KEY,
     *("tensors", "elements", "rounds"),
     *("median_ms", "p20_ms", "p80_ms", "host_ms", "device_ms"),
-    *("gb_per_s", "ceiling_gb_per_s", "ceiling_share"),
+    *("gb_per_s", "ceiling_gb_per_s", "ceiling_share", "peak_share"),
     *("state_bytes_per_param", "step_peak_mb"),
     *("ratio", "ratio_p20", "ratio_p80"),
     *("skipped", "version", "machine", "torch", "commit"),

@@ -49,8 +49,8 @@ def ratio(row: Row | None) -> str:
     return "{ratio}x".format_map(row) + spread
 
 
-def percent(row: Row | None) -> str:
-    return f"{float(row['ceiling_share']):.0%}" if row and row["ceiling_share"] else ""
+def percent(row: Row | None, column: str = "ceiling_share") -> str:
+    return f"{float(row[column]):.0%}" if row and row[column] else ""
 
 
 def size(row: Row) -> str:
@@ -232,20 +232,23 @@ def lacking_list(rows: Iterable[Row]) -> str:
 
 
 def limits_table(rows: Sequence[Row]) -> str:
-    """Where memory is the limit: GB/s and the share of what streaming reaches."""
+    """Where memory is the limit: GB/s, the share of what streaming reaches, and of a GPU's peak."""
+    shares = {"ceiling_share": "share"}
+    if any(row.get("peak_share") for row in rows):
+        shares["peak_share"] = "of the peak"
     lines = [
         [
             WORKLOADS[workload].title,
             row["contender"],
             row["gb_per_s"],
             row["ceiling_gb_per_s"],
-            percent(row),
+            *(percent(row, column) for column in shares),
         ]
         for workload in workloads_in(rows)
         for row in pick(rows, workload=workload)
         if row["ceiling_share"]
     ]
-    return markdown(["", "", "GB/s", "ceiling, GB/s", "share"], lines)
+    return markdown(["", "", "GB/s", "ceiling, GB/s", *shares.values()], lines)
 
 
 def host_table(rows: Sequence[Row]) -> str:

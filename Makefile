@@ -73,10 +73,10 @@ tables: install  ## write the tables and pictures of the figures in bench/result
 	PYTHONPATH=bench $(RUN) -m throughput.pages $(ARGS)
 
 # That machine's own Python has torch, the build's tools and the tests': no venv, no network. A build
-# that would leave the kernels out fails.
-gpu:  ## on a machine with a GPU: build, test and measure (OUT=DIR CACHE=DIR)
+# that would leave the kernels out fails. Each part takes less than 8 minutes.
+gpu:  ## on a machine with a GPU: PART="check bench tune finetune profile" of it (OUT=DIR CACHE=DIR)
 	FASTOPT_CUDA=1 PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON) bench/run.py gpu \
-	  $(if $(OUT),--out "$(OUT)") $(if $(CACHE),--cache "$(CACHE)") $(ARGS)
+	  $(if $(PART),--part $(PART)) $(if $(OUT),--out "$(OUT)") $(if $(CACHE),--cache "$(CACHE)") $(ARGS)
 
 # Run from the folder of the sanitized build, which python -m puts before the installed one.
 SANITIZERS := $(foreach lib,asan ubsan stdc++,$(shell c++ -print-file-name=lib$(lib).so))

@@ -1,21 +1,30 @@
 """Measure everything on one machine, part after part: what `make bench` and `make gpu` run.
 
-Each part is a program of its own with a time limit; its output shows as it comes. A part that fails
-or runs out of time does not stop the others. Results go to bench/results, or flat to --out:
+Each part is made of programs with time limits; their output shows as it comes. One that fails or
+runs out of time does not stop the others. Results go to bench/results, or flat to --out:
 
-    MACHINE-DATE.json      what the machine is, and each part's outcome and seconds
+    MACHINE-DATE.json      what the machine is, and each program's outcome and seconds
     step-DEVICE.csv        step.py: every comparison of AdamW and SGD
-    optimizers-DEVICE.csv  bench only: step.py: some comparisons of every other optimizer
+    around-DEVICE.csv      step.py: clipping, skipping, averaging
+    bytes-DEVICE.csv       step.py: states and weights in fewer bytes
+    optimizers-DEVICE.csv  step.py: some comparisons of every other optimizer
     sharded-DEVICE.csv     step.py: DTensors, gradients in bfloat16
     offload-DEVICE.csv     offload.py: models that lie in the host's memory
     scaling-DEVICE.csv     throughput/scaling.py: time over the number and the size of tensors
     share-DEVICE.csv       throughput/share.py: the optimizer's share of fine-tuning
-    finetune-topics-DEVICE.json, .png   gpu only: finetune.py
     run.log                with --out: all output
     README.md              throughput/pages.py: all of it in tables; without --out, pictures, too
 
+and on a GPU, with its parts in the order of their worth:
+
+    check                  builds; python -m fastopt; pytest -m gpu; compute-sanitizer
+    bench                  step-, bytes-, around-, sharded-, optimizers- and scaling-cuda.csv
+    tune                   tune-cuda.csv, .md: throughput/tune.py, which variant is best where
+    finetune               share-cuda.csv; with --cache finetune-TASK-cuda.json, .png: finetune.py
+    profile                profile-cuda.csv, profile-raw-cuda.csv: throughput/profile.py, by ncu
+
     python bench/run.py bench
-    python bench/run.py gpu --out DIR --cache DIR
+    python bench/run.py gpu --part check bench --out DIR --cache DIR
 """
 
 from __future__ import annotations
@@ -24,6 +33,7 @@ import argparse
 import contextlib
 import datetime
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -45,20 +55,21 @@ import torch
 
 import machine
 from throughput.measure import OPTIMIZERS
-from throughput.rivals import AUTHORS, CONTENDERS, FOREACH, FUSED, OURS
+from throughput.rivals import AUTHORS, CONTENDERS, FOREACH, FUSED, INSIDE, OURS
 
 BENCH = machine.ROOT / "bench"
 BUILD = machine.ROOT / "build" / "gpu"  # `make gpu` has it in PYTHONPATH
 
 
 @dataclass(frozen=True)
-class Part:
+class Program:
     """One program.
 
     Args:
         limit: seconds after which it is ended.
         keeps: files it leaves elsewhere, and where they belong.
-        appends: a file to which several parts append; the first is to find none.
+        appends: a file to which several programs append; the first is to find none.
+        environment: in which it runs, beside this program's own.
     """
 
     name: str
@@ -66,6 +77,7 @@ class Part:
     limit: float
     keeps: dict[Path, Path] = field(default_factory=dict)
     appends: Path | None = None
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 # Situations about what is done around a step, and beside it.
@@ -74,11 +86,17 @@ AROUND = ("clip", "torch's clip", "our clip", "clip alone", "skip", "average", "
 # Ours with states or weights in formats of ours.
 IN_FEWER_BYTES = [name for name in CONTENDERS if re.match(f"{OURS} .*(states|split)", name)]
 
+# Of whole training steps; what cannot run somewhere says so in its row.
+IN_TRAINING = [
+    *(FUSED, OURS, f"{OURS}{INSIDE}", f"fastopt 8-bit states{INSIDE}"),
+    *(f"fastopt split, 8-bit states{INSIDE}", "bitsandbytes 8-bit", "FlashOptim", "torchao 8-bit"),
+]
+
 # By default options; Adam and SGD have parts of their own.
 OTHERS = [name for name in OPTIMIZERS if name.isalpha() and name not in ("adam", "adamw", "sgd")]
 
 
-def bench_parts(args: argparse.Namespace) -> Iterator[Part]:
+def bench_parts(args: argparse.Namespace) -> Iterator[Program]:
     """For a CPU: 20 minutes on two cores, 3 more where DeepSpeed is yet to build its kernels."""
     few = ["--contender", "fastopt", "torch fused", "torch foreach"]
     yield step(args, "every workload", 300, "--optimizer", "adamw")
@@ -123,64 +141,144 @@ def bench_parts(args: argparse.Namespace) -> Iterator[Part]:
         *("--workload", "1000x16", "lora-bert", "8x4M"),
         csv="optimizers",
     )
-    yield from further_parts(args)
+    yield scaling(args)
+    tuning = ["--device", args.device, *cached(args), "--csv", args.to / f"share-{args.device}.csv"]
+    yield Program("share of fine-tuning", python("-m", "throughput.share", *tuning), 150)
 
 
-def gpu_parts(args: argparse.Namespace) -> Iterator[Part]:
-    """For a machine with a GPU and no network."""
-    offline = ["--no-build-isolation", "--no-deps", "--no-index"]
-    build = python("-m", "pip", "install", *offline, "--target", BUILD, "--upgrade", machine.ROOT)
+def check(args: argparse.Namespace) -> Iterator[Program]:
+    """Does it build, and is what only a GPU can show as it is to be?"""
     # Only these files: others may need what such a machine lacks.
     marked = [f for f in machine.ROOT.glob("tests/test_*.py") if "mark.gpu" in f.read_text()]
     # Triton compiles a kernel for most cases: several processes share that, where they can.
     workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    quiet = ["-q", "-p", "no:cacheprovider", *workers]
-    tests = python("-m", "pytest", *quiet, "-m", "gpu", *sorted(marked))
-    pair = ["--contender", "fastopt", "torch fused"]
+    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *sorted(marked)]
+    once = [] if workers else ["--once"]
+    yield Program("report", python("-m", "fastopt"), 60)
+    yield Program(
+        "tests of CUDA", python(*tests, *workers, "-k", "not triton and not sanitizer"), 150
+    )
+    yield Program("tests of Triton", python(*tests, *workers, *once, "-k", "triton"), 150)
+    yield Program("compute-sanitizer", python(*tests, "-k", "sanitizer"), 120)
+
+
+def gpu_bench(args: argparse.Namespace) -> Iterator[Program]:
+    """How fast is a step? LoRA's tensors and 110 M parameters first, then formats, then what is
+    around a step."""
+    pair = ["--contender", OURS, FUSED]
     graph = [] if args.device == "cpu" else ["graph"]
-    yield Part("build", build, 170)
-    yield Part("report", python("-m", "fastopt"), 60)
-    yield Part("tests", tests, 150)
-    yield step(args, "every workload", 120, "--optimizer", "adamw")
     yield step(
-        *(args, "situations", 90, "--optimizer", "adamw", *pair, "fastopt triton"),
-        *("--situation", "scaler", "fresh", "first", "backward", *graph),
-        *("--workload", "1000x16", "lora-bert", "lora-llama-7b", "bert-base"),
+        *(args, "LoRA and 110 M", 60, "--optimizer", "adamw", "sgd-momentum"),
+        *(*pair, "fastopt triton"),
+        workloads=["1000x16", "lora-bert", "lora-llama-7b", "bert-base", "llama-1b"],
+    )
+    yield step(
+        *(args, "fewer bytes", 75, "--optimizer", "adamw", "--dtype", "float32", "bfloat16"),
+        *("--contender", OURS, FUSED, *IN_FEWER_BYTES, "bitsandbytes 8-bit", "FlashOptim"),
+        csv="bytes",
+        workloads=["lora-bert", "bert-base", "llama-1b"],
     )
     yield step(
         *(args, "around a step", 60, "--optimizer", "adamw", *pair, "--situation", *AROUND),
-        *("--workload", "1000x16", "lora-bert", "bert-base"),
         csv="around",
+        workloads=["1000x16", "lora-bert", "bert-base"],
+    )
+    yield step(
+        *(args, "situations", 60, "--optimizer", "adamw", *pair, "fastopt triton"),
+        *("--situation", *graph, "scaler", "fresh", "first", "backward"),
+        workloads=["1000x16", "lora-bert", "bert-base"],
     )
     yield step(
         *(args, "DTensors", 60, "--optimizer", "adamw", "--contender", OURS, FUSED, FOREACH),
-        *("--situation", "sharded", "bfloat16 gradients", "--workload", "1000x16", "300x4096"),
+        *("--situation", "sharded", "bfloat16 gradients"),
         csv="sharded",
+        workloads=["1000x16", "300x4096"],
     )
-    yield offload(args, 60, "--size", "25M", "110M", "--patience", "20")
-    yield step(args, "every workload, SGD", 60, "--optimizer", "sgd-momentum", *pair)
-    yield step(args, "bfloat16", 60, "--optimizer", "adamw", "--dtype", "bfloat16", *pair)
-    yield finetune(args)
-    yield from further_parts(args)
+    sizes = ["25M"] if args.dry_run else ["25M", "110M"]
+    yield offload(args, 60, "--size", *sizes, "--patience", "20")
+    yield step(args, "every rival", 120, "--optimizer", "adamw")
+    yield step(
+        *(args, "every other optimizer", 60, "--optimizer", *OTHERS),
+        *("--contender", OURS, FUSED, FOREACH, "torch loop", AUTHORS),
+        csv="optimizers",
+        workloads=["1000x16", "lora-bert", "8x4M"],
+    )
+    yield scaling(args)
 
 
-def further_parts(args: argparse.Namespace) -> Iterator[Part]:
-    """What both end with."""
-    scaling, share = (args.to / f"{name}-{args.device}.csv" for name in ("scaling", "share"))
-    timing = ["--device", args.device, "--seconds", args.seconds]
-    yield Part("scaling", python("-m", "throughput.scaling", *timing, "--csv", scaling), 150)
-    tuning = ["--device", args.device, *cached(args), "--csv", share]
-    yield Part("share of fine-tuning", python("-m", "throughput.share", *tuning), 150)
+def tune(args: argparse.Namespace) -> Iterator[Program]:
+    """Which variant of the kernels is best where?"""
+    sink = args.to / f"tune-{args.device}.csv"
+    timing = ["--device", args.device, "--seconds", args.seconds, "--csv", sink]
+    chosen = ["--workload", *args.workload] if args.workload else []
+    yield Program("variants", python("-m", "throughput.tune", *timing, *chosen), 440)
 
 
-def finetune(args: argparse.Namespace) -> Part:
+def finetuning(args: argparse.Namespace) -> Iterator[Program]:
+    """What does it do to training steps? And, where there are model and data, to losses?"""
+    sink = args.to / f"share-{args.device}.csv"
+    common = ["--device", args.device, *cached(args), "--csv", sink]
+    weights = [] if args.cache else ["--random"]
+    jobs = ["--job", "topics full", "topics lora", "dialogue full"]
+    whole = ["-m", "throughput.share", *common, *weights, *jobs, "--contender", *IN_TRAINING]
+    dry = ["--tiny", "--steps", "4"] if args.dry_run else []
+    yield Program("training steps", python(*whole, *dry), 240)
+    if args.cache:
+        yield finetune(args, "topics")
+        yield finetune(args, "topics", "--tuning", "lora", "--lr", "1e-3", "--steps", "40")
+
+
+def profile(args: argparse.Namespace) -> Iterator[Program]:
+    """What bounds each kernel?"""
+    sink = args.to / f"profile-{args.device}.csv"
+    chosen = ["--workload", args.workload[0]] if args.workload else []
+    options = ["--device", args.device, "--csv", sink, *chosen]
+    yield Program("ncu", python("-m", "throughput.profile", *options), 440)
+
+
+# In the order of their worth.
+GPU_PARTS = {
+    "check": check,
+    "bench": gpu_bench,
+    "tune": tune,
+    "finetune": finetuning,
+    "profile": profile,
+}
+
+
+def build(args: argparse.Namespace) -> Program:
+    """For the capability of this machine's GPU alone: code for all takes five times as long."""
+    offline = ["--no-build-isolation", "--no-deps", "--no-index"]
+    command = python("-m", "pip", "install", *offline, "--target", BUILD, "--upgrade", machine.ROOT)
+    only = {"FASTOPT_CUDA_ARCHITECTURES": args.architecture} if args.architecture else {}
+    wanted = {name: value for name, value in only.items() if name not in os.environ}
+    return Program("build", command, 240, environment=wanted)
+
+
+def gpu_parts(args: argparse.Namespace) -> Iterator[list[Program]]:
+    """For a machine with a GPU and no network."""
+    for i, name in enumerate(args.part):
+        # The CPU's dry run takes what is installed.
+        first = [build(args)] if i == 0 and args.device == "cuda" else []
+        yield [*first, *GPU_PARTS[name](args)]
+
+
+def scaling(args: argparse.Namespace) -> Program:
+    sink = args.to / f"scaling-{args.device}.csv"
+    timing = ["--device", args.device, "--seconds", args.seconds, "--csv", sink]
+    dry = ["--up-to", "1000"] if args.dry_run else []
+    return Program("scaling", python("-m", "throughput.scaling", *timing, *dry), 150)
+
+
+def finetune(args: argparse.Namespace, task: str, *options: str) -> Program:
     left = Path(tempfile.mkdtemp())
+    name = "-".join(["finetune", task, *options[1:2], args.device])
     keeps = {
-        left / "report.json": args.to / f"finetune-topics-{args.device}.json",
-        left / "losses.png": args.to / f"finetune-topics-{args.device}.png",
+        left / "report.json": args.to / f"{name}.json",
+        left / "losses.png": args.to / f"{name}.png",
     }
-    command = python(BENCH / "finetune.py", "--out", left, *cached(args), *args.finetune)
-    return Part("fine-tuning", command, 120, keeps)
+    command = python(BENCH / "finetune.py", task, *options, "--out", left, *cached(args))
+    return Program(name, command, 120, keeps)
 
 
 def cached(args: argparse.Namespace) -> list[Any]:
@@ -188,39 +286,44 @@ def cached(args: argparse.Namespace) -> list[Any]:
 
 
 def step(
-    args: argparse.Namespace, name: str, limit: float, *options: str, csv: str = "step"
-) -> Part:
+    args: argparse.Namespace,
+    name: str,
+    limit: float,
+    *options: str,
+    csv: str = "step",
+    workloads: Sequence[str] = (),
+) -> Program:
     """A run of step.py, whose rows are appended to those of the others."""
     sink = args.to / f"{csv}-{args.device}.csv"
     chosen = ["--device", args.device, "--seconds", args.seconds, "--csv", sink, "--append"]
-    if "--workload" not in options and args.workload:
-        chosen += ["--workload", *args.workload]
-    return Part(name, python(BENCH / "step.py", *chosen, *options), limit, appends=sink)
+    if wanted := args.workload or workloads:
+        chosen += ["--workload", *wanted]
+    return Program(name, python(BENCH / "step.py", *chosen, *options), limit, appends=sink)
 
 
-def offload(args: argparse.Namespace, limit: float, *options: str) -> Part:
+def offload(args: argparse.Namespace, limit: float, *options: str) -> Program:
     sink = args.to / f"offload-{args.device}.csv"
     chosen = ["--device", args.device, "--seconds", args.seconds, "--csv", sink]
-    return Part("offloaded", python(BENCH / "offload.py", *chosen, *options), limit)
+    return Program("offloaded", python(BENCH / "offload.py", *chosen, *options), limit)
 
 
-def tables_part(args: argparse.Namespace) -> Part:
-    return Part("tables", python("-m", "throughput.pages", "--results", args.to), 60)
+def tables(args: argparse.Namespace) -> Program:
+    return Program("tables", python("-m", "throughput.pages", "--results", args.to), 60)
 
 
 def python(*arguments: Any) -> list[str]:
     return [sys.executable, *map(str, arguments)]
 
 
-def run(part: Part, limit: float, log: BinaryIO) -> str:
+def run(program: Program, limit: float, log: BinaryIO) -> str:
     """Its outcome: `passed`, or how it ended."""
     process = subprocess.Popen(
-        part.command,
+        program.command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         cwd=BENCH,  # where -m finds the rooms; not the root, whose fastopt/ is not the one built
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **program.environment},
         start_new_session=True,  # so that what it started ends with it
     )
     output = threading.Thread(target=show, args=(process.stdout, log))
@@ -245,37 +348,34 @@ def show(source: Any, log: BinaryIO) -> None:
 
 
 def run_all(
-    parts: Sequence[Part], seconds: float, log: BinaryIO, save: Callable[[list[Any]], None]
+    programs: Sequence[Program], seconds: float, log: BinaryIO, save: Callable[[list[Any]], None]
 ) -> list[dict[str, Any]]:
-    """Each part's outcome, saved after each: whoever ends this program loses little.
+    """Each program's outcome, saved after each: whoever ends this one loses little.
 
     Args:
-        seconds: for all parts together; what is left of them when a part begins limits it, too.
+        seconds: for all of them; what is left of them when one begins limits it, too.
     """
     end = time.perf_counter() + seconds
     outcomes: list[dict[str, Any]] = []
-    for part in parts:
+    for program in programs:
         start = time.perf_counter()
-        limit = min(part.limit, end - start)
-        print(f"\n== {part.name}: at most {limit:.0f} s", flush=True)
-        outcome = run(part, limit, log) if limit > 0 else "not run: no time left"
-        for source, target in part.keeps.items():
+        limit = min(program.limit, end - start)
+        print(f"\n== {program.name}: at most {limit:.0f} s", flush=True)
+        outcome = run(program, limit, log) if limit > 0 else "not run: no time left"
+        for source, target in program.keeps.items():
             if source.exists():
                 shutil.move(source, target)
         took = round(time.perf_counter() - start, 1)
-        outcomes.append({"name": part.name, "outcome": outcome, "seconds": took})
-        print(f"== {part.name}: {outcome}, {took} s", flush=True)
+        outcomes.append({"name": program.name, "outcome": outcome, "seconds": took})
+        print(f"== {program.name}: {outcome}, {took} s", flush=True)
         save(outcomes)
     return outcomes
 
 
 def facts(device: str) -> dict[str, Any]:
     """What a reader needs to believe the figures, and to repeat them."""
-    # Asked by another process: this one is to hold no memory of a GPU's.
-    name = python("-c", f"import machine; print(machine.device_name({device!r}))")
-    asked = subprocess.run(name, cwd=BENCH, stdout=subprocess.PIPE, text=True, check=True)
     found = {
-        "machine": asked.stdout.strip(),
+        "machine": asked(f"import machine; print(machine.device_name({device!r}))"),
         "date": datetime.date.today().isoformat(),
         "commit": machine.commit(),
         "python": platform.python_version(),
@@ -283,8 +383,16 @@ def facts(device: str) -> dict[str, Any]:
         "triton": machine.version("triton"),
     }
     if device == "cuda":
-        found |= {"cuda": torch.version.cuda, "driver": driver()}
+        capability = asked("import torch; print(*torch.cuda.get_device_capability(), sep='.')")
+        found |= {"cuda": torch.version.cuda, "driver": driver(), "capability": capability}
     return found
+
+
+def asked(code: str) -> str:
+    """What a process prints that is not this one, which is to hold no memory of a GPU's."""
+    command = python("-c", code)
+    said = subprocess.run(command, cwd=BENCH, stdout=subprocess.PIPE, text=True, check=True)
+    return said.stdout.strip()
 
 
 def driver() -> str:
@@ -302,10 +410,20 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda for gpu")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write all there, in no subfolders")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="of models and data")
-    parser.add_argument("--minutes", type=float, help="for all parts; default: bench 20, gpu 7.5")
+    parser.add_argument(
+        "--part",
+        nargs="+",
+        choices=list(GPU_PARTS),
+        default=list(GPU_PARTS),
+        metavar="PART",
+        help=f"gpu only: of {', '.join(GPU_PARTS)}; default: all, in this order",
+    )
+    parser.add_argument("--minutes", type=float, help="for each part; default: bench 20, gpu 7.5")
     parser.add_argument("--seconds", type=float, help="a comparison; default: bench 2, gpu 0.3")
     parser.add_argument("--workload", nargs="+", help="in place of every workload")
-    parser.add_argument("--finetune", nargs=argparse.REMAINDER, default=[], help="its options")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="gpu only: all programs, on next to nothing"
+    )
     args = parser.parse_args(argv)
     gpu = args.plan == "gpu"
     args.device = args.device or ("cuda" if gpu else "cpu")
@@ -313,6 +431,9 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     args.seconds = args.seconds or (0.3 if gpu else 2)
     args.to = (args.out or machine.RESULTS).resolve()
     args.cache = args.cache and args.cache.resolve()
+    args.architecture = ""
+    if args.dry_run:
+        args.workload, args.seconds = ["one-tiny"], 0.01
     return args
 
 
@@ -321,21 +442,32 @@ def main(argv: list[str] | None = None) -> int:
     args.to.mkdir(parents=True, exist_ok=True)
     known = facts(args.device)
     title = re.sub(r"[^a-z0-9]+", "-", known["machine"].lower())
-    report = args.to / f"{title}-{known['date']}.json"
+    # Parts that run by themselves leave what those before them have left.
+    chosen = "" if args.part == list(GPU_PARTS) else "".join(f"-{name}" for name in args.part)
+    report = args.to / f"{title}-{known['date']}{chosen}.json"
 
     def save(outcomes: list[dict[str, Any]]) -> None:
         found = {**known, "fastopt": machine.version("fastopt"), "parts": outcomes}
         report.write_text(json.dumps(found, indent=2) + "\n")
 
-    parts = list({"bench": bench_parts, "gpu": gpu_parts}[args.plan](args))
-    for part in parts:
-        if part.appends:
-            part.appends.unlink(missing_ok=True)
-    with (args.to / "run.log" if args.out else Path(os.devnull)).open("wb") as log:
-        outcomes = run_all(parts, 60 * args.minutes, log, save)
-        outcomes += run_all(
-            [tables_part(args)], math.inf, log, lambda last: save([*outcomes, *last])
-        )
+    args.architecture = known.get("capability", "").replace(".", "")
+    plan = {"bench": lambda args: [list(bench_parts(args))], "gpu": gpu_parts}[args.plan]
+    groups = list(plan(args))
+    for program in itertools.chain(*groups):
+        if program.appends:
+            program.appends.unlink(missing_ok=True)
+    # Programs look for ncu and compute-sanitizer there, too.
+    if nvcc := machine.cuda_tool("nvcc"):
+        os.environ["PATH"] += os.pathsep + str(Path(nvcc).resolve().parent)
+    outcomes: list[dict[str, Any]] = []
+
+    def save_with(new: list[Any]) -> None:
+        save([*outcomes, *new])
+
+    with (args.to / f"run{chosen}.log" if args.out else Path(os.devnull)).open("wb") as log:
+        for programs in groups:
+            outcomes.extend(run_all(programs, 60 * args.minutes, log, save_with))
+        outcomes.extend(run_all([tables(args)], math.inf, log, save_with))
     print("\n" + "\n".join("{seconds:7.1f} s  {name}: {outcome}".format_map(o) for o in outcomes))
     print(f"written: {report}")
     return 0 if all(o["outcome"] == "passed" for o in outcomes) else 1

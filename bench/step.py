@@ -12,10 +12,10 @@ and written as they are, in the launch shape of our update.
 
 Columns of the CSV: median, p20 and p80 until the device has finished; host, until step() has
 returned; device, what a GPU is busy for; GB/s, the bytes that such a step moves at least (all read,
-all but the gradient written) over its time; ceiling_share, of what streaming reaches; peak_share, of
-what the GPU's memory could by its clock and bus, where the driver tells them; step_peak_mb, memory in use during a step beyond
-parameters, gradients and states; ratio, how many times as fast as the reference; skipped, the
-reason where a contender could not run.
+all but the gradient written) over its time; ceiling_share and peak_share, of what streaming reaches
+and of what a GPU's memory could by its clock and bus, where the driver tells them; step_peak_mb,
+memory in use during a step beyond parameters, gradients and states; ratio, how many times as fast
+as the reference; skipped, the reason where a contender could not run.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 OURS = "fastopt"
 FUSED, FOREACH, AUTHORS = "torch fused", "torch foreach", "authors' loop"
+INSIDE = ", clipping inside"  # after the name of one of ours: its step clips, no call before it
 LR = 1e-3  # some have no default
 
 

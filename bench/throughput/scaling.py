@@ -84,10 +84,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, default=2, help="of rounds for each point; %(default)s"
     )
+    parser.add_argument(
+        "--up-to", type=int, default=SIZES[-1], metavar="N", help="elements in all; %(default)s"
+    )
     parser.add_argument("--csv", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     results = Results(args.csv, args.device)
     points = [(count, TINY) for count in COUNTS] + [(1, size) for size in SIZES]
+    points = [(count, size) for count, size in points if count * size <= args.up_to]
     for count, size in tqdm(points, unit="point"):
         setting = Setting([(size,)] * count, "adamw", "plain", "float32", args.device)
         for row in measure(setting, [OURS, FUSED], args.seconds, patience=60):

@@ -1,4 +1,4 @@
-"""bench/run.py: one part's failure or delay costs the others nothing, and nothing is lost."""
+"""bench/run.py: one program's failure or delay costs the others nothing, and nothing is lost."""
 
 import io
 import json
@@ -19,43 +19,43 @@ from throughput.situations import SITUATIONS
 from throughput.workloads import WORKLOADS
 
 
-def part(name: str, code: str, limit: float = 60, **kwargs) -> run.Part:
-    return run.Part(name, [sys.executable, "-c", code], limit, **kwargs)
+def program(name: str, code: str, limit: float = 60, **kwargs) -> run.Program:
+    return run.Program(name, [sys.executable, "-c", code], limit, **kwargs)
 
 
-def run_all(*parts: run.Part, seconds: float = 60):
-    """Outcomes by name, what was saved after each part, and the log."""
+def run_all(*programs: run.Program, seconds: float = 60):
+    """Outcomes by name, what was saved after each program, and the log."""
     saved, log = [], io.BytesIO()
-    outcomes = run.run_all(parts, seconds, log, lambda done: saved.append(list(done)))
-    assert [len(done) for done in saved] == list(range(1, len(parts) + 1))
+    outcomes = run.run_all(programs, seconds, log, lambda done: saved.append(list(done)))
+    assert [len(done) for done in saved] == list(range(1, len(programs) + 1))
     return {o["name"]: o["outcome"] for o in outcomes}, log.getvalue().decode()
 
 
-def test_a_part_that_fails_loses_none_of_the_others():
+def test_a_program_that_fails_loses_none_of_the_others():
     outcomes, log = run_all(
-        part("bad", "import sys; print('why'); sys.exit(3)"), part("good", "print('fine')")
+        program("bad", "import sys; print('why'); sys.exit(3)"), program("good", "print('fine')")
     )
     assert outcomes == {"bad": "failed with exit code 3", "good": "passed"}
     assert log == "why\nfine\n"
 
 
-def test_a_part_that_crashes_is_a_failure():
-    outcomes, _ = run_all(part("crash", "import os; os.abort()"))
+def test_a_program_that_crashes_is_a_failure():
+    outcomes, _ = run_all(program("crash", "import os; os.abort()"))
     assert outcomes == {"crash": "failed with exit code -6"}
 
 
-def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path):
+def test_a_program_that_hangs_is_ended_with_all_that_it_started(tmp_path):
     alive = tmp_path / "alive"
     child = f"import time; time.sleep(4); open({str(alive)!r}, 'w')"
     hang = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     start = time.perf_counter()
-    outcomes, _ = run_all(part("hang", hang, limit=1), part("good", ""))
+    outcomes, _ = run_all(program("hang", hang, limit=1), program("good", ""))
     assert outcomes == {"hang": "ended after 1 s", "good": "passed"}
     time.sleep(max(0, start + 5 - time.perf_counter()))
     assert not alive.exists()
 
 
-def test_output_shows_while_a_part_still_runs():
+def test_output_shows_while_a_program_still_runs():
     times = []
 
     class Log(io.BytesIO):
@@ -63,38 +63,46 @@ def test_output_shows_while_a_part_still_runs():
             times.append(time.perf_counter())
             return super().write(data)
 
-    outcome = run.run(part("slow", "import time; print('a'); time.sleep(1); print('b')"), 60, Log())
+    outcome = run.run(
+        program("slow", "import time; print('a'); time.sleep(1); print('b')"), 60, Log()
+    )
     assert outcome == "passed"
     assert times[-1] - times[0] > 0.8
 
 
-def test_no_part_begins_when_the_time_is_up():
-    outcomes, _ = run_all(part("long", "import time; time.sleep(60)"), part("late", ""), seconds=1)
+def test_no_program_begins_when_the_time_is_up():
+    outcomes, _ = run_all(
+        program("long", "import time; time.sleep(60)"), program("late", ""), seconds=1
+    )
     assert outcomes == {"long": "ended after 1 s", "late": "not run: no time left"}
 
 
-def test_what_a_part_leaves_is_kept_even_if_it_fails(tmp_path):
+def test_what_a_program_leaves_is_kept_even_if_it_fails(tmp_path):
     left, kept = tmp_path / "report.json", tmp_path / "finetune.json"
     code = f"open({str(left)!r}, 'w').write('figures'); exit(1)"
-    run_all(part("leaves", code, keeps={left: kept, tmp_path / "missing": tmp_path / "none"}))
+    run_all(program("leaves", code, keeps={left: kept, tmp_path / "missing": tmp_path / "none"}))
     assert kept.read_text() == "figures"
     assert not (tmp_path / "none").exists()
 
 
+def programs_of(*argv: str) -> list[run.Program]:
+    args = run.parse_options(list(argv))
+    if args.plan == "bench":
+        return list(run.bench_parts(args))
+    return [program for part in run.gpu_parts(args) for program in part]
+
+
 @pytest.mark.parametrize("plan", ["bench", "gpu"])
-def test_every_part_asks_for_what_the_programs_know(plan):
+def test_every_program_is_asked_for_what_it_knows(plan):
     args = run.parse_options([plan])
-    parts = {"bench": run.bench_parts, "gpu": run.gpu_parts}[plan](args)
-    programs = {"step.py": list, "offload.py": offload.step_options}
+    known = {"step.py": list, "offload.py": offload.step_options}
     commands = [
-        programs[name](part.command[2:])
-        for part in parts
-        if (name := Path(part.command[1]).name) in programs
+        known[name](program.command[2:])
+        for program in programs_of(plan)
+        if (name := Path(program.command[1]).name) in known
     ]
     chosen = [step.parse_options(command) for command in commands]
-    csvs = {"step", "around", "sharded", "offload"} | (
-        {"bytes", "optimizers"} if plan == "bench" else set()
-    )
+    csvs = {"step", "around", "sharded", "offload", "bytes", "optimizers"}
     names = {run.machine.RESULTS / f"{csv}-{args.device}.csv" for csv in csvs}
     assert {options.csv for options in chosen} == names
     assert {name for options in chosen for name in options.workload} == set(WORKLOADS)
@@ -102,8 +110,43 @@ def test_every_part_asks_for_what_the_programs_know(plan):
     assert situations == set(SITUATIONS) - ({"graph"} if plan == "bench" else set())
 
 
+def test_a_gpus_parts_come_in_the_order_asked_for_and_one_build_before_them():
+    def names(*argv: str) -> list[str]:
+        return [program.name for program in programs_of("gpu", *argv)]
+
+    assert names()[:3] == ["build", "report", "tests of CUDA"]
+    assert names().count("build") == 1
+    assert names("--part", "tune") == ["build", "variants"]
+    assert names("--part", "profile", "tune") == ["build", "ncu", "variants"]
+    assert names("--part", "check", "--device", "cpu")[0] == "report"
+    assert "finetune-topics-lora-cuda" in names("--part", "finetune", "--cache", "there")
+    assert names("--part", "finetune") == ["build", "training steps"]
+
+
+def test_a_gpus_kernels_are_built_for_it_alone_unless_told_otherwise(monkeypatch):
+    monkeypatch.delenv("FASTOPT_CUDA_ARCHITECTURES", raising=False)
+    args = run.parse_options(["gpu"])
+    args.architecture = "90"
+    assert run.build(args).environment == {"FASTOPT_CUDA_ARCHITECTURES": "90"}
+    monkeypatch.setenv("FASTOPT_CUDA_ARCHITECTURES", "80;90")
+    assert run.build(args).environment == {}
+
+
+def test_each_part_has_less_than_8_minutes_and_none_of_its_programs_more():
+    args = run.parse_options(["gpu", "--cache", "there"])
+    assert args.minutes < 8
+    limits = [program.limit for program in programs_of("gpu", "--cache", "there")]
+    assert max(limits) <= 60 * args.minutes
+
+
+def test_a_program_runs_in_its_environment():
+    code = "import os; print(os.environ['FASTOPT_TESTED'])"
+    _, log = run_all(program("asks", code, environment={"FASTOPT_TESTED": "there"}))
+    assert log == "there\n"
+
+
 def test_every_optimizer_but_adam_is_measured():
-    commands = [part.command[2:] for part in run.bench_parts(run.parse_options(["bench"]))]
+    commands = [program.command[2:] for program in programs_of("bench")]
     named = [step.parse_options(c).optimizer for c in commands if "--optimizer" in c]
     measured = {OPTIMIZERS[name][0] for names in named for name in names}
     assert measured == set(cases.OPTIONS) - {"Adam"}  # AdamW is the same work
@@ -151,18 +194,50 @@ def test_the_report_says_what_was_measured_and_how_each_part_ended(dry_run):
 
 
 @pytest.mark.parametrize("plan", ["bench", "gpu"])
-def test_what_several_parts_append_to_is_begun_anew(plan, tmp_path, monkeypatch):
+def test_what_several_programs_append_to_is_begun_anew(plan, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "run_all", lambda *_: [])
     args = [plan, "--device", "cpu", "--out", str(tmp_path)]
-    plans = {"bench": run.bench_parts, "gpu": run.gpu_parts}
-    parts = list(plans[plan](run.parse_options(args)))
-    appending = [part for part in parts if "--append" in part.command]
-    old = {tmp_path / part.command[part.command.index("--csv") + 1] for part in appending}
+    appending = [program for program in programs_of(*args) if "--append" in program.command]
+    old = {Path(p.command[p.command.index("--csv") + 1]) for p in appending}
     for file in old:
         file.write_text("old")
     run.main(args)
     assert len(old) > 2
     assert not any(file.exists() for file in old)
+
+
+# `make gpu` on the CPU: every program of every part, on next to nothing.
+
+LEFT = {
+    "check": set(),
+    "bench": {f"{name}-cpu.csv" for name in ("step", "bytes", "around", "sharded", "optimizers")}
+    | {"scaling-cpu.csv"},
+    "tune": {"tune-cpu.csv", "tune-cpu.md"},
+    "finetune": {"share-cpu.csv"},
+    "profile": set(),
+}
+
+
+def test_every_part_has_its_dry_run():
+    assert LEFT.keys() == run.GPU_PARTS.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", LEFT)
+def test_dry_run_of_each_part(part, tmp_path):
+    command = [sys.executable, "run.py", "gpu", "--dry-run", "--device", "cpu", "--part", part]
+    done = subprocess.run(
+        [*command, "--out", tmp_path], cwd=run.BENCH, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    (report,) = tmp_path.glob("*.json")
+    assert report.name.endswith(f"-{part}.json")
+    outcomes = {p["name"]: p["outcome"] for p in json.loads(report.read_text())["parts"]}
+    assert set(outcomes.values()) == {"passed"}
+    log = tmp_path / f"run-{part}.log"
+    assert log.read_bytes()
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == LEFT[part] | {report.name, log.name, "README.md"}
 
 
 def test_a_copy_without_git_takes_its_commit_from_the_environment(tmp_path, monkeypatch):

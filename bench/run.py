@@ -151,7 +151,8 @@ def check(args: argparse.Namespace) -> Iterator[Program]:
     # Only these files: others may need what such a machine lacks.
     marked = [f for f in machine.ROOT.glob("tests/test_*.py") if "mark.gpu" in f.read_text()]
     # Triton compiles a kernel for most cases: several processes share that, where they can.
-    workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    count = min(8, len(os.sched_getaffinity(0)))
+    workers = ["-n", count] if importlib.util.find_spec("xdist") else []
     tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *sorted(marked)]
     once = [] if workers else ["--once"]
     yield Program("report", python("-m", "fastopt"), 60)

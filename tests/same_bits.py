@@ -3,7 +3,6 @@
 A test module imports these tests and says in a fixture `backend` whom they are to test.
 """
 
-import copy
 from typing import Any
 
 import pytest
@@ -39,28 +38,59 @@ from helpers import (
 every_dtype = pytest.mark.parametrize("dtypes", [FLOAT32, FLOAT64, BFLOAT16, FLOAT16], ids=str)
 
 
+# Where the tested backend has its tensors; those of the CPU's are where that is. test_gpu.py says
+# otherwise.
+DEVICE = "cpu"
+
+
 def twins(backend: str, name: str, params: list[Any], **kwargs: Any) -> list[Optimizer]:
     """The same optimizer twice over equal parameters or groups of them: of this backend and of the
     CPU's."""
     return [
-        make(fastopt, name, [_copied(item) for item in params], backend=which, **kwargs)
-        for which in (backend, "cpu")
+        make(
+            fastopt,
+            name,
+            [_copied(item, device) for item in params],
+            backend=which,
+            **{k: v.to(device) if torch.is_tensor(v) else v for k, v in kwargs.items()},
+        )
+        for which, device in sides(backend)
     ]
 
 
-def _copied(item: Any) -> Any:
-    """A parameter of these values, with the strides they have; or a group of such."""
+def sides(backend: str) -> list[tuple[str, str]]:
+    """The tested backend and the CPU's, each with its device."""
+    return [(backend, DEVICE), ("cpu", "cpu")]
+
+
+def _copied(item: Any, device: str) -> Any:
+    """A parameter of these values, in all of the memory around them as they are in it; or a group
+    of such."""
     if isinstance(item, dict):
-        return {**item, "params": [_copied(value) for value in item["params"]]}
-    return torch.nn.Parameter(copy.deepcopy(item))
+        return {**item, "params": [_copied(value, device) for value in item["params"]]}
+    memory = item.new_empty(0).set_(item.untyped_storage()).to(device, copy=True)
+    return torch.nn.Parameter(memory.as_strided(item.shape, item.stride(), item.storage_offset()))
+
+
+def number(optimizer: Optimizer, value: Any, **kwargs: Any) -> torch.Tensor:
+    """Or several, as a tensor where the optimizer's parameters are."""
+    return torch.tensor(value, device=parameters(optimizer)[0].device, **kwargs)
+
+
+def gradients(optimizer: Optimizer) -> list[torch.Tensor]:
+    return [param.grad.cpu() for param in parameters(optimizer)]
 
 
 def set_gradients(*optimizers: Optimizer) -> None:
     """Equal new gradients, in new memory."""
     for params in zip(*map(parameters, optimizers), strict=True):
-        grad = torch.randn_like(params[0])
-        for param in params:
-            param.grad = grad.clone()
+        give(torch.randn_like(params[-1]), *params)
+
+
+def give(grad: torch.Tensor, *params: torch.Tensor) -> None:
+    """To each a copy, where it is."""
+    for param in params:
+        param.grad = grad.to(param.device, copy=True)
 
 
 def assert_steps_alike(*optimizers: Optimizer, steps: int = 2) -> None:
@@ -78,7 +108,8 @@ def test_same_bits_as_the_cpu_backend(case, backend):
 
 def train_alike(case, backend):
     tested, cpu = (
-        case.make_optimizer(case.parameters(), fastopt, backend=which) for which in (backend, "cpu")
+        case.make_optimizer(case.parameters(device=device), fastopt, backend=which)
+        for which, device in sides(backend)
     )
     # Triton's interpreter takes 10 ms for each of many slots.
     steps = range(1 if case.layout == "many" else 2)
@@ -99,11 +130,11 @@ def test_option_of_a_tensor_subclass(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_tensor_options_of_every_dtype(backend, dtype):
-    lr, *betas = torch.tensor([0.03125, 0.75, 0.9375], dtype=dtype)  # exact in all of them
-    params = [torch.nn.Parameter(torch.ones(9)) for _ in range(2)]
+    lr, *betas = torch.tensor([0.03125, 0.75, 0.9375], dtype=dtype, device=DEVICE)  # exact in all
+    tested, plain = (torch.nn.Parameter(torch.ones(9, device=d)) for _, d in sides(backend))
     assert_steps_alike(
-        fastopt.Adam([params[0]], lr=lr, betas=tuple(betas), backend=backend),
-        fastopt.Adam([params[1]], lr=0.03125, betas=(0.75, 0.9375), backend="cpu"),
+        fastopt.Adam([tested], lr=lr, betas=tuple(betas), backend=backend),
+        fastopt.Adam([plain], lr=0.03125, betas=(0.75, 0.9375), backend="cpu"),
     )
 
 
@@ -117,10 +148,11 @@ def test_found_inf_and_grad_scale_as_tensors(backend, name, dtypes, found_inf):
     set_gradients(*optimizers)
     before = snapshot(optimizers[0])
     for optimizer in optimizers:
-        optimizer.grad_scale, optimizer.found_inf = torch.tensor(3.0), torch.tensor(found_inf)
+        optimizer.grad_scale = number(optimizer, 3.0)
+        optimizer.found_inf = number(optimizer, found_inf)
         optimizer.step()
     assert_same_bits(*optimizers)
-    assert_equal(*([param.grad for param in parameters(optimizer)] for optimizer in optimizers))
+    assert_equal(*map(gradients, optimizers))
     if found_inf != 0:
         assert_equal(snapshot(optimizers[0]), before)
 
@@ -131,7 +163,7 @@ def test_step_counted_in_float64(backend, dtypes):
     assert_steps_alike(*optimizers, steps=1)
     for optimizer in optimizers:
         for state in optimizer.state.values():
-            state["step"] = torch.tensor(2.0**24, dtype=torch.float64)
+            state["step"] = number(optimizer, 2.0**24, dtype=torch.float64)
     assert_steps_alike(*optimizers)
     assert all(state["step"] == 2**24 + 2 for state in optimizers[0].state.values())
 
@@ -151,9 +183,9 @@ def test_any_count(backend, name, count):
 def test_parameters_that_share_memory_are_stepped_in_turn(backend, name):
     values = torch.randn(CHUNK + 9)
     optimizers = []
-    for which in (backend, "cpu"):
-        weight = values.clone()
-        views = [weight, weight[5:], torch.ones(3), weight[::2]]
+    for which, device in sides(backend):
+        weight = values.to(device, copy=True)
+        views = [weight, weight[5:], torch.ones(3, device=device), weight[::2]]
         params = [torch.nn.Parameter(view) for view in views]
         optimizers.append(make(fastopt, name, params, backend=which))
     assert_steps_alike(*optimizers)
@@ -222,10 +254,11 @@ def test_formats_with_found_inf_and_grad_scale(backend, name, kept, dtype):
     for found_inf in (0.0, 1.0, 0.0):
         set_gradients(*optimizers)
         for optimizer in optimizers:
-            optimizer.grad_scale, optimizer.found_inf = torch.tensor(3.0), torch.tensor(found_inf)
+            optimizer.grad_scale = number(optimizer, 3.0)
+            optimizer.found_inf = number(optimizer, found_inf)
             optimizer.step()
     assert_same_bits(*optimizers)
-    assert_equal(*([param.grad for param in parameters(optimizer)] for optimizer in optimizers))
+    assert_equal(*map(gradients, optimizers))
 
 
 @every_format
@@ -243,8 +276,7 @@ def test_formats_of_any_gradient(backend, kept, dtype):
     optimizers = twins(backend, "Adam", [torch.ones(grads.shape, dtype=dtype)], **kept)
     for grad in (grads, grads.flip(1), grads.flip(0)):
         for optimizer in optimizers:
-            (param,) = parameters(optimizer)
-            param.grad = grad.clone()
+            give(grad, *parameters(optimizer))
             optimizer.step()
         assert_same_bits(*optimizers)
 
@@ -254,7 +286,8 @@ def test_split_parameter_overwritten_since(backend):
     assert_steps_alike(*optimizers)
     for optimizer in optimizers:
         (param,) = parameters(optimizer)
-        param.data = torch.tensor([0.0, -0.0, torch.inf, -torch.inf]).bfloat16().repeat(16)
+        values = number(optimizer, [0.0, -0.0, torch.inf, -torch.inf], dtype=torch.bfloat16)
+        param.data = values.repeat(16)
     assert_steps_alike(*optimizers)
 
 
@@ -281,11 +314,14 @@ def test_random_bits_are_those_of_the_whole_parameters_elements(backend, states,
     values = [torch.randn(shape) for shape in places]
     optimizers = [
         fastopt.AdamW(
-            [torch.nn.Parameter(value.clone().as_subclass(Subclass)) for value in values],
+            [
+                torch.nn.Parameter(value.to(device, copy=True).as_subclass(Subclass))
+                for value in values
+            ],
             states=states,
             backend=which,
         )
-        for which in (backend, "cpu")
+        for which, device in sides(backend)
     ]
     assert_steps_alike(*optimizers)
     assert asked == set(places)
@@ -297,7 +333,7 @@ def test_random_bits_are_those_of_the_whole_parameters_elements(backend, states,
 def assert_clipped_alike(*optimizers: Optimizer) -> None:
     """Parameters, states, gradients, and the norm of the last step in all its bits."""
     assert_same_bits(*optimizers)
-    assert_equal(*([param.grad for param in parameters(optimizer)] for optimizer in optimizers))
+    assert_equal(*map(gradients, optimizers))
     assert_equal(*(float(optimizer._passes.norm) for optimizer in optimizers))
 
 
@@ -321,14 +357,14 @@ def test_clipping_has_the_cpus_bits(backend, dtypes, limit, scale):
             grad = torch.randn(params[0].shape, dtype=dtypes.grad)
             for param in params:
                 param.grad_dtype = dtypes.grad
-                param.grad = grad.clone()
-        before = [param.grad.clone() for param in parameters(optimizers[1])]
+            give(grad, *params)
+        before = [grad.clone() for grad in gradients(optimizers[1])]
         for optimizer in optimizers:
             if scale is not None:
-                optimizer.grad_scale = torch.tensor(scale)
+                optimizer.grad_scale = number(optimizer, scale)
             optimizer.step()
         assert_clipped_alike(*optimizers)
-        after = [param.grad for param in parameters(optimizers[0])]
+        after = gradients(optimizers[0])
         assert (scale is None) == all(map(torch.equal, before, after))
         assert (float(optimizers[0]._passes.norm) > limit) == (limit < 1)
 
@@ -358,7 +394,7 @@ def test_clipping_has_the_cpus_bits_in_any_layout(backend):
     for optimizer in optimizers:
         for param, (_, _, place) in zip(parameters(optimizer), laid_out, strict=True):
             param.grad = place(param.grad)
-        optimizer.grad_scale = torch.tensor(2.0)  # the gradients are written, too
+        optimizer.grad_scale = number(optimizer, 2.0)  # the gradients are written, too
         optimizer.step()
     assert_clipped_alike(*optimizers)
 
@@ -391,8 +427,8 @@ def test_any_norm_and_limit(backend, norm, limit):
         backend, "SGD", [torch.zeros(3, dtype=torch.float64)], max_grad_norm=torch.tensor(limit)
     )
     for optimizer in optimizers:
-        optimizer.param_groups[0]["params"][0].grad = torch.full((3,), norm, dtype=torch.float64)
-        optimizer.total_norm = torch.tensor(norm, dtype=torch.float64)
+        give(torch.full((3,), norm, dtype=torch.float64), *parameters(optimizer))
+        optimizer.total_norm = number(optimizer, norm, dtype=torch.float64)
         optimizer.step()
     assert_clipped_alike(*optimizers)
 
@@ -403,7 +439,7 @@ def test_factor_that_float_rounds_to_1_has_gradients_rounded_nonetheless(backend
     optimizers = twins(backend, "SGD", [torch.randn(40).to(dtypes.param)], max_grad_norm=limit)
     set_gradients(*optimizers)
     for optimizer in optimizers:
-        optimizer.grad_scale, optimizer.total_norm = torch.tensor(3.0), 1.0
+        optimizer.grad_scale, optimizer.total_norm = number(optimizer, 3.0), 1.0
         optimizer.step()
     assert_clipped_alike(*optimizers)
 
@@ -416,7 +452,7 @@ def test_formats_with_clipping_and_averages(backend, kept, dtype, limit):
     for scale in (1.0, 3.0, 2.0):
         set_gradients(*optimizers)
         for optimizer in optimizers:
-            optimizer.grad_scale = torch.tensor(scale)
+            optimizer.grad_scale = number(optimizer, scale)
             optimizer.step()
         assert_clipped_alike(*optimizers)
 
@@ -476,7 +512,8 @@ def test_averages_stay_where_found_inf_stops_the_step(backend, name):
         set_gradients(*optimizers)
         before = snapshot(optimizers[0])
         for optimizer in optimizers:
-            optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(found_inf)
+            optimizer.grad_scale = number(optimizer, 2.0)
+            optimizer.found_inf = number(optimizer, found_inf)
             optimizer.step()
         assert_same_bits(*optimizers)
         if found_inf:

@@ -69,7 +69,6 @@ class Program:
         limit: seconds after which it is ended.
         keeps: files it leaves elsewhere, and where they belong.
         appends: a file to which several programs append; the first is to find none.
-        environment: in which it runs, beside this program's own.
     """
 
     name: str
@@ -77,7 +76,6 @@ class Program:
     limit: float
     keeps: dict[Path, Path] = field(default_factory=dict)
     appends: Path | None = None
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 # Situations about what is done around a step, and beside it.
@@ -248,12 +246,9 @@ GPU_PARTS = {
 
 
 def build(args: argparse.Namespace) -> Program:
-    """For the capability of this machine's GPU alone: code for all takes five times as long."""
     offline = ["--no-build-isolation", "--no-deps", "--no-index"]
     command = python("-m", "pip", "install", *offline, "--target", BUILD, "--upgrade", machine.ROOT)
-    only = {"FASTOPT_CUDA_ARCHITECTURES": args.architecture} if args.architecture else {}
-    wanted = {name: value for name, value in only.items() if name not in os.environ}
-    return Program("build", command, 240, environment=wanted)
+    return Program("build", command, 240)
 
 
 def gpu_parts(args: argparse.Namespace) -> Iterator[list[Program]]:
@@ -324,7 +319,7 @@ def run(program: Program, limit: float, log: BinaryIO) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         cwd=BENCH,  # where -m finds the rooms; not the root, whose fastopt/ is not the one built
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **program.environment},
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
         start_new_session=True,  # so that what it started ends with it
     )
     output = threading.Thread(target=show, args=(process.stdout, log))
@@ -432,7 +427,6 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     args.seconds = args.seconds or (0.3 if gpu else 2)
     args.to = (args.out or machine.RESULTS).resolve()
     args.cache = args.cache and args.cache.resolve()
-    args.architecture = ""
     if args.dry_run:
         args.workload, args.seconds = ["one-tiny"], 0.01
     return args
@@ -451,7 +445,9 @@ def main(argv: list[str] | None = None) -> int:
         found = {**known, "fastopt": machine.version("fastopt"), "parts": outcomes}
         report.write_text(json.dumps(found, indent=2) + "\n")
 
-    args.architecture = known.get("capability", "").replace(".", "")
+    # Code for all GPUs would take five times as long to build.
+    if capability := known.get("capability"):
+        os.environ.setdefault("FASTOPT_CUDA_ARCHITECTURES", capability.replace(".", ""))
     plan = {"bench": lambda args: [list(bench_parts(args))], "gpu": gpu_parts}[args.plan]
     groups = list(plan(args))
     for program in itertools.chain(*groups):

@@ -15,6 +15,7 @@ import concurrent.futures
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,11 +46,34 @@ class Variant:
     run: dict[str, str] = field(default_factory=dict)
 
 
-AS_IS = "as it is"
-VARIANTS = {AS_IS: Variant()}
+def built_with(**choices: int) -> Variant:
+    """Only what is measured here, which takes a fraction of the time to build."""
+    chosen = ";".join(["RULES=adam+sgd", *(f"{name}={value}" for name, value in choices.items())])
+    return Variant(build={"FASTOPT_CUDA_TUNE": chosen})
 
-# Options of step.py: where a step is bound by memory, in each kind of kernel; and by its launches.
-COMPARISONS = [
+
+def run_with(names: str) -> Variant:
+    return Variant(run={"FASTOPT_CUDA_VARIANT": names})
+
+
+# What csrc/cuda/tuning.h has to choose from.
+AS_IS = "as it is"
+VARIANTS = {
+    AS_IS: Variant(),
+    "overlap": run_with("overlap"),
+    "few": run_with("few"),
+    "overlap, few": run_with("overlap,few"),
+    "32 bytes": built_with(BYTES=32),
+    "128 bytes": built_with(BYTES=128),
+    "192 bytes": built_with(BYTES=192),
+    "128 threads": built_with(THREADS=128),
+    "512 threads": built_with(THREADS=512),
+    "128 bytes, 512 threads": built_with(BYTES=128, THREADS=512),
+}
+
+# Options of step.py: what each build measures, in which memory is the limit; and each run, in which
+# launches are.
+MEMORY = [
     ["--optimizer", "adamw", "sgd-momentum", "sgd", "--workload", "8x4M", "bert-base", "llama-1b"],
     [
         *("--optimizer", "adamw", "--dtype", "bfloat16", "--workload", "bert-base", "--contender"),
@@ -59,6 +83,8 @@ COMPARISONS = [
         *("--optimizer", "adamw", "--workload", "bert-base", "--contender"),
         *(OURS, FUSED, "fastopt bfloat16 states", "fastopt 8-bit states"),
     ],
+]
+LAUNCHES = [
     ["--optimizer", "adamw", "--workload", "1000x16", "lora-bert", "one-tiny"],
     ["--optimizer", "adamw", "--situation", "graph", "clip", "--workload", "1000x16", "lora-bert"],
 ]
@@ -66,20 +92,34 @@ SITUATION = ["optimizer", "dtype", "situation", "workload", "contender"]
 RUN_ALL = "import json, step, sys; sys.exit(max(map(step.main, json.load(sys.stdin))))"
 
 
-def build(name: str, variant: Variant) -> Path:
-    """Where the core lies that is built so."""
-    target = BUILDS / name.replace(" ", "-")
-    offline = ["--no-build-isolation", "--no-deps", "--no-index"]
-    command = [sys.executable, "-m", "pip", "install", "-q", *offline, "--upgrade"]
-    done = subprocess.run(
-        [*command, "--target", str(target), str(machine.ROOT)],
-        env=os.environ | variant.build,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+def build(name: str, variant: Variant, cores: int) -> Path:
+    """Where the core lies that is built so; in a folder of its own, beside others that build."""
+    import pybind11
+
+    target = BUILDS / name.replace(", ", "-").replace(" ", "-")
+    objects = target / "objects"
+    common = ("FASTOPT_CUDA", "FASTOPT_CUDA_ARCHITECTURES")
+    options = {
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "CMAKE_INSTALL_PREFIX": target / "fastopt",
+        **{option: os.environ[option] for option in common if option in os.environ},
+        **variant.build,
+    }
+    shutil.copytree(
+        machine.ROOT / "fastopt",
+        target / "fastopt",
+        ignore=shutil.ignore_patterns("*.so"),
+        dirs_exist_ok=True,
     )
-    if done.returncode:
-        raise RuntimeError(f"{name} did not build:\n{done.stdout[-2000:]}")
+    defines = [f"-D{name}={value}" for name, value in options.items()]
+    for command in (
+        ["cmake", "-S", machine.ROOT, "-B", objects, "-G", "Ninja", *defines],
+        ["cmake", "--build", objects, "--target", "install", "--parallel", str(cores)],
+    ):
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{name} did not build:\n{done.stdout[-2000:]}")
     return target
 
 
@@ -88,7 +128,7 @@ def measure(variant: Variant, built: Path | None, args: argparse.Namespace) -> l
     folder = Path(tempfile.mkdtemp())
     sink = folder / "rows.csv"
     common = ["--device", args.device, "--seconds", str(args.seconds), "--csv", str(sink)]
-    asked = [[*options, *common, "--append"] for options in comparisons(args)]
+    asked = [[*options, *common, "--append"] for options in comparisons(variant, args)]
     environment = os.environ | variant.run
     if built is not None:
         others = os.environ.get("PYTHONPATH")
@@ -103,10 +143,10 @@ def measure(variant: Variant, built: Path | None, args: argparse.Namespace) -> l
     return read(sink) if sink.exists() else []
 
 
-def comparisons(args: argparse.Namespace) -> list[list[str]]:
+def comparisons(variant: Variant, args: argparse.Namespace) -> list[list[str]]:
     """On a CPU, which is for dry runs, without graphs; and the workloads that are asked for."""
     found = []
-    for options in COMPARISONS:
+    for options in [*([] if variant.run else MEMORY), *([] if variant.build else LAUNCHES)]:
         own = list(options)
         if args.device == "cpu" and "graph" in own:
             own.remove("graph")
@@ -161,19 +201,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, metavar="FILE", required=True)
     args = parser.parse_args(argv)
     chosen = {name: VARIANTS[name] for name in args.variant}
+    if args.device == "cpu":  # there is nothing to build
+        chosen = {name: variant for name, variant in chosen.items() if not variant.build}
     rows: list[Row] = []
     failed = False
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # each compiles on a core of its own
-        builds = {
-            name: pool.submit(build, name, variant)
-            for name, variant in chosen.items()
-            if variant.build
-        }
+    own = {name: variant for name, variant in chosen.items() if variant.build}
+    cores = max(1, len(os.sched_getaffinity(0)) // max(1, len(own)))
+    with concurrent.futures.ThreadPoolExecutor(max(1, len(own))) as pool:
+        builds = {name: pool.submit(build, name, variant, cores) for name, variant in own.items()}
         concurrent.futures.wait(builds.values())  # it would slow down what is measured
     for name, variant in chosen.items():
         try:
             built = builds[name].result() if name in builds else None
-        except RuntimeError as error:
+        except (RuntimeError, ImportError, OSError) as error:
             print(error, file=sys.stderr)
             failed = True
             continue

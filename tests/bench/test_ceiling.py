@@ -15,6 +15,7 @@ import torch
 import fastopt
 import machine
 from fastopt import optimizer as engine
+from test_cuda_source import Launch
 from throughput import ceiling, measure
 from throughput.situations import Plain
 
@@ -34,10 +35,6 @@ MIXES = {
     "split, 8-bit states": ({"weights": "split", "states": "8bit"}, BFLOAT16, (2, 2, 1, 1, 2)),
 }
 every_mix = pytest.mark.parametrize(("options", "dtype", "mix"), MIXES.values(), ids=MIXES.keys())
-
-
-class Launch(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("blocks", "threads", "vectors_streamed")]
 
 
 def last_launch(core: ctypes.CDLL) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -123,13 +124,20 @@ def test_a_gpus_parts_come_in_the_order_asked_for_and_one_build_before_them():
     assert names("--part", "finetune") == ["build", "training steps"]
 
 
-def test_a_gpus_kernels_are_built_for_it_alone_unless_told_otherwise(monkeypatch):
-    monkeypatch.delenv("FASTOPT_CUDA_ARCHITECTURES", raising=False)
-    args = run.parse_options(["gpu"])
-    args.architecture = "90"
-    assert run.build(args).environment == {"FASTOPT_CUDA_ARCHITECTURES": "90"}
-    monkeypatch.setenv("FASTOPT_CUDA_ARCHITECTURES", "80;90")
-    assert run.build(args).environment == {}
+@pytest.mark.parametrize(("asked", "built"), [(None, "90"), ("80;90", "80;90")])
+def test_a_gpus_kernels_are_built_for_it_alone_unless_told_otherwise(
+    asked, built, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(run, "run_all", lambda *_: [])
+    monkeypatch.setattr(run, "facts", lambda device: KNOWN)
+    monkeypatch.setenv("FASTOPT_CUDA_ARCHITECTURES", asked or "")
+    if asked is None:
+        monkeypatch.delenv("FASTOPT_CUDA_ARCHITECTURES")
+    run.main(["gpu", "--part", "tune", "--out", str(tmp_path)])
+    assert os.environ["FASTOPT_CUDA_ARCHITECTURES"] == built
+
+
+KNOWN = {"machine": "a GPU", "date": "2026-01-01", "capability": "9.0"}
 
 
 def test_each_part_has_less_than_8_minutes_and_none_of_its_programs_more():
@@ -137,12 +145,6 @@ def test_each_part_has_less_than_8_minutes_and_none_of_its_programs_more():
     assert args.minutes < 8
     limits = [program.limit for program in programs_of("gpu", "--cache", "there")]
     assert max(limits) <= 60 * args.minutes
-
-
-def test_a_program_runs_in_its_environment():
-    code = "import os; print(os.environ['FASTOPT_TESTED'])"
-    _, log = run_all(program("asks", code, environment={"FASTOPT_TESTED": "there"}))
-    assert log == "there\n"
 
 
 def test_every_optimizer_but_adam_is_measured():
@@ -223,11 +225,12 @@ def test_every_part_has_its_dry_run():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("part", LEFT)
 def test_dry_run_of_each_part(part, tmp_path):
     command = [sys.executable, "run.py", "gpu", "--dry-run", "--device", "cpu", "--part", part]
     done = subprocess.run(
-        [*command, "--out", tmp_path], cwd=run.BENCH, capture_output=True, text=True, timeout=280
+        [*command, "--out", tmp_path], cwd=run.BENCH, capture_output=True, text=True, timeout=580
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     (report,) = tmp_path.glob("*.json")

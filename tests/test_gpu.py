@@ -244,7 +244,6 @@ def test_variants_and_averages_have_the_cpus_bits(name, variant, monkeypatch):
 
 
 @pytest.mark.parametrize("variant", ["", "overlap"])
-@every_backend
 @every_optimizer
 def test_graph_replays_what_has_changed_meanwhile(name, backend, variant, monkeypatch):
     monkeypatch.setenv("FASTOPT_CUDA_VARIANT", variant)

@@ -9,6 +9,7 @@ In README.md and docs/ a generated table stands between `<!-- table: NAME -->` a
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,15 +21,23 @@ from . import plots, scaling, tables
 from .rivals import FUSED, OURS
 from .rows import measured
 from .tables import DEVICES, NOT_YET, measured_on, pick, rows_of
+from .tune import best_table
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TABLES: dict[str, Callable[[Path], str]] = {
-    "short-cpu": tables.short_table,
     "tuning-cpu": tables.tuning_table,
-    "step-cpu": lambda results: tables.step_table(results, "cpu"),
-    "sharded-cpu": tables.sharded_table,
-    "offload-cpu": lambda results: tables.offload_table(results, "cpu"),
-    "step-cuda": lambda results: tables.step_table(results, "cuda"),
+    **{
+        f"{name}-{device}": functools.partial(table, device=device)
+        for name, table, devices in (
+            ("short", tables.short_table, ("cpu", "cuda")),
+            ("step", tables.step_table, ("cpu", "cuda")),
+            ("sharded", tables.sharded_table, ("cpu", "cuda")),
+            ("offload", tables.offload_table, ("cpu", "cuda")),
+            ("bytes", tables.bytes_table, ("cuda",)),
+            ("training", tables.training_table, ("cuda",)),
+        )
+        for device in devices
+    },
 }
 
 
@@ -67,24 +76,39 @@ def sections(results: Path, device: str) -> Iterator[Section]:
                 )
     plain = pick(good, optimizer="adamw", dtype="float32", situation="plain")
     pair = [row for row in plain if row["contender"] in (OURS, FUSED)]
-    yield Section("adamw against the ceiling", [tables.limits_table(pair)], picture="rivals")
+    if pair:
+        limits = tables.limits_table(pair)
+        yield Section("adamw against the ceiling", [limits], picture="rivals")
     others = [row for row in good if row["situation"] != "plain"]
     if others:
         yield Section("adamw in other situations", [tables.situations_table(others)])
     yield from further_comparisons(results, device)
-    if device == "cuda":
+    if device == "cuda" and good:
         adamw = pick(good, optimizer="adamw", dtype="float32")
         yield Section("Host and device", [tables.host_table(adamw)])
-    yield Section("Memory", [tables.memory_table(plain)])
-    yield Section("Not run", [tables.skipped_list(rows)])
+    if plain:
+        yield Section("Memory", [tables.memory_table(plain)])
+    if rows:
+        yield Section("Not run", [tables.skipped_list(rows)])
     sweep = rows_of(results, f"scaling-{device}")
     if sweep:
         costs = "\n".join(f"- {scaling.describe(sweep, name)}" for name in (OURS, FUSED))
         yield Section("As the work grows", [costs], picture="scaling")
     share = rows_of(results, f"share-{device}")
     if share:
+        model = "MiniLM on BBC News" if device == "cpu" else "small models"
         texts = [f"{measured_on(share)}.", tables.share_table(share)]
-        yield Section("Share of fine-tuning MiniLM on BBC News", texts)
+        yield Section(f"Share of fine-tuning {model}", texts)
+    tuned = rows_of(results, f"tune-{device}")
+    if tuned:
+        texts = [f"{measured_on(tuned)}; in bold what is as good as the best.", best_table(tuned)]
+        yield Section("Variants of the kernels", texts)
+    profile = rows_of(results, f"profile-{device}")
+    if profile:
+        known = "; ".join(
+            dict.fromkeys("{machine}, fastopt at {commit}".format_map(r) for r in profile)
+        )
+        yield Section("Kernels by ncu", [f"{known}.", tables.profile_table(profile)])
 
 
 def further_comparisons(results: Path, device: str) -> Iterator[Section]:
@@ -124,9 +148,11 @@ def page(results: Path, pictures: bool) -> str:
     ]
     for device in DEVICES:
         good = measured(rows_of(results, f"step-{device}"))
+        found = list(sections(results, device))
         parts.append(f"## {DEVICES[device]}")
-        parts.append(f"{measured_on(good) if good else NOT_YET.capitalize()}.")
-        for section in sections(results, device) if good else ():
+        if good or not found:
+            parts.append(f"{measured_on(good) if good else NOT_YET.capitalize()}.")
+        for section in found:
             parts += [f"### {section.title}", *section.texts]
             if section.picture and pictures:
                 parts.append(f"![{section.title}]({section.picture}-{device}.png)")

@@ -10,7 +10,10 @@ from .rivals import CONTENDERS, FUSED, OURS
 from .rows import measured, read
 from .workloads import WORKLOADS
 
-SHORT = ["1000x16", "lora-bert", "minilm", "bert-base"]
+SHORT = {
+    "cpu": ["1000x16", "lora-bert", "minilm", "bert-base"],
+    "cuda": ["1000x16", "lora-bert", "bert-base", "llama-1b"],
+}
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 NOT_YET = "not measured yet"
 
@@ -79,16 +82,24 @@ def contenders_in(rows: Iterable[Row]) -> list[str]:
 # Of README.md and docs/.
 
 
-def short_table(results: Path) -> str:
+def not_yet(device: str) -> str:
+    return f"{DEVICES[device]}: {NOT_YET}."
+
+
+def short_table(results: Path, device: str) -> str:
     """Ours and torch fused on a few workloads, AdamW."""
-    rows = pick(rows_of(results, "step-cpu"), situation="plain", dtype="float32", optimizer="adamw")
-    lines = []
-    for workload in SHORT:
+    plain = pick(rows_of(results, f"step-{device}"), situation="plain", dtype="float32")
+    rows = measured(pick(plain, optimizer="adamw"))
+    if not rows:
+        return not_yet(device)
+    lines, shown = [], []
+    for workload in [name for name in workloads_in(rows) if name in SHORT[device]]:
         theirs = one(rows, workload=workload, contender=FUSED)
         ours = one(rows, workload=workload, contender=OURS)
         lines.append([WORKLOADS[workload].title, time(theirs), time(ours), ratio(ours)])
+        shown += [row for row in (theirs, ours) if row]
     head = ["float32 parameters", "torch", "fastopt", "times as fast (p20 to p80)"]
-    return f"{markdown(head, lines)}\n\n{measured_on(pick(rows, workload=SHORT[0]))}."
+    return f"{markdown(head, lines)}\n\n{measured_on(shown)}."
 
 
 def step_table(results: Path, device: str) -> str:
@@ -96,7 +107,7 @@ def step_table(results: Path, device: str) -> str:
     plain = pick(rows_of(results, f"step-{device}"), situation="plain", dtype="float32")
     rows = measured(plain)
     if not rows:
-        return f"{DEVICES[device]}: {NOT_YET}."
+        return not_yet(device)
     parts = []
     for optimizer, name in (("adamw", "AdamW"), ("sgd-momentum", "SGD, momentum")):
         lines = []
@@ -125,11 +136,11 @@ def tuning_table(results: Path) -> str:
     return f"{markdown(head, lines)}\n\n{measured_on(rows)}."
 
 
-def sharded_table(results: Path) -> str:
+def sharded_table(results: Path, device: str) -> str:
     """DTensors, and gradients in bfloat16."""
-    rows = measured(rows_of(results, "sharded-cpu"))
+    rows = measured(rows_of(results, f"sharded-{device}"))
     if not rows:
-        return f"CPU: {NOT_YET}."
+        return not_yet(device)
     return f"{situations_table(rows)}\n\n{measured_on(rows)}."
 
 
@@ -138,7 +149,7 @@ def offload_table(results: Path, device: str) -> str:
     rows = rows_of(results, f"offload-{device}")
     ran = measured(rows)
     if not ran:
-        return f"{DEVICES[device]}: {NOT_YET}."
+        return not_yet(device)
     lines = []
     for name in contenders_in(ran):
         own = pick(ran, contender=name)
@@ -152,6 +163,21 @@ def offload_table(results: Path, device: str) -> str:
     if len(ran) < len(rows):
         parts.append(f"Not run:\n\n{skipped_list(rows)}")
     return "\n\n".join(parts)
+
+
+def bytes_table(results: Path, device: str) -> str:
+    """AdamW with states and weights in fewer bytes."""
+    rows = measured(rows_of(results, f"bytes-{device}"))
+    parts = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        parts += [f"AdamW, {dtype} parameters:", contenders_table(pick(rows, dtype=dtype))]
+    return "\n\n".join([*parts, f"{measured_on(rows)}."]) if rows else not_yet(device)
+
+
+def training_table(results: Path, device: str) -> str:
+    """Whole steps of fine-tuning."""
+    rows = rows_of(results, f"share-{device}")
+    return f"{share_table(rows)}\n\n{measured_on(rows)}." if rows else not_yet(device)
 
 
 # Of bench/results/README.md.
@@ -289,14 +315,56 @@ def skipped_list(rows: Iterable[Row]) -> str:
 
 
 def share_table(rows: Sequence[Row]) -> str:
-    columns = ("whole_ms", "clip_ms", "optimizer_ms")
+    """Whole training steps. (The first figures say less of them than later ones.)"""
+    ran = [row for row in rows if not row.get("skipped")]
+    timed = {"whole_ms": "whole step", "clip_ms": "clipping", "optimizer_ms": "optimizer"}
+    if "skipped" in rows[0]:
+        timed["host_ms"] = "both on the host"
+    further = {
+        "tokens_per_s": "tokens a second",
+        "peak_mb": "peak, MB",
+        "loss": "last loss",
+        "loss_diff": "at most from the first's",
+    }
+    known = {name: title for name, title in further.items() if name in rows[0]}
     lines = [
         [
-            f"{row['tuning']}, {row['tensors']} tensors, {int(row['elements']) / 1e6:.3g} M",
+            _trained(row),
             row["contender"],
-            *(time(row, column) for column in columns),
+            *(time(row, column) for column in timed),
             f"{float(row['optimizer_share']):.1%}",
+            *(row[column] for column in known),
         ]
-        for row in rows
+        for row in ran
     ]
-    return markdown(["", "", "whole step, ms", "clipping, ms", "optimizer, ms", "its share"], lines)
+    titles = [f"{title}, ms" for title in timed.values()]
+    head = ["", "", *titles, "its share", *known.values()]
+    lacking = [
+        f"- {row['contender']}, {_trained(row)}: {row['skipped']}"
+        for row in rows
+        if row.get("skipped")
+    ]
+    return "\n\n".join([markdown(head, lines), *(["\n".join(lacking)] if lacking else [])])
+
+
+def _trained(row: Row) -> str:
+    """`full, 103 tensors, 22.7 M`; of later figures which model, and its dtype."""
+    model = f"{row['model']}, {row['dtype']}, " if row.get("model") else ""
+    size = (
+        f", {row['tensors']} tensors, {int(row['elements']) / 1e6:.3g} M" if row["tensors"] else ""
+    )
+    return f"{model}{row['tuning']}{size}"
+
+
+def profile_table(rows: Sequence[Row]) -> str:
+    """What ncu said of each kernel."""
+    columns = {
+        "microseconds": "µs",
+        "gb_per_s": "GB/s",
+        "of_peak": "of the peak, %",
+        "registers": "registers",
+        "resident_warps": "resident warps, %",
+        "waits": "what warps wait for, in cycles",
+    }
+    lines = [[row["case"], row["kernel"], *(row[column] for column in columns)] for row in rows]
+    return markdown(["", "kernel", *columns.values()], lines)

@@ -243,7 +243,7 @@ class Trained:
         passed = warm_up if self.device == "cpu" else -(-warm_up // 2)
         kept = {phase: seconds[passed:] for phase, seconds in self.phases.items()}
         medians = {phase: statistics.median(seconds) for phase, seconds in kept.items()}
-        p20, *_, p80 = statistics.quantiles(kept["whole"], n=5)
+        p20, *_, p80 = statistics.quantiles(kept["whole"], n=5, method="inclusive")
         losses = [float(loss) for loss in self.losses]
         differences = [abs(a - b) for a, b in zip(losses, first, strict=True)] if first else [0.0]
         return {

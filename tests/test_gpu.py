@@ -39,6 +39,7 @@ from helpers import (
 )
 from oracle import SAMPLING, rms_ulp
 from same_bits import *  # noqa: F403 - its tests
+from test_parity import as_torch_would
 
 pytestmark = [pytest.mark.gpu, native_only]
 
@@ -128,7 +129,7 @@ def test_near_to_the_truth(optimizer, options):
     # multiplication more, and before 2.13 has its moments in float64: it can be nearer.
     case = Case(optimizer, options, FLOAT32, "large")
     ours = rms_ulp(case, lambda params: case.make_optimizer(params, fastopt), DEVICE)
-    torchs = rms_ulp(case, lambda params: case.make_optimizer(params, fused=True), "cpu")
+    torchs = rms_ulp(case, lambda params: as_torch_would(case, params), "cpu")
     assert all(ours[name] <= SAMPLING * torchs[name] for name in ours), (ours, torchs)
 
 

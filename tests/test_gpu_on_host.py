@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import test_gpu
+from cases import OPTIONS
 from fastopt import optimizer as engine
 from helpers import native_only
 from test_gpu import mesh  # noqa: F401 - a fixture
@@ -27,6 +28,7 @@ ONLY_ON_A_GPU = {
     "test_steps_are_counted_on_the_device_and_saved_where_stock_keeps_them",
     "test_checkpoints_move_to_and_from_every_stock_engine",
     "test_compute_sanitizer_finds_nothing",
+    "test_near_to_the_truth",  # of every option: test_parity.py has it
 }
 OWN = {
     name: value
@@ -38,6 +40,11 @@ globals().update({name: OWN[name] for name in OWN.keys() - ONLY_ON_A_GPU})
 
 def test_what_is_left_out_is_there():
     assert OWN.keys() > ONLY_ON_A_GPU
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_near_to_the_truth_with_one_option(name):
+    test_gpu.test_near_to_the_truth(name, list(OPTIONS[name])[-1])
 
 
 def test_what_compute_sanitizer_looks_at_runs(monkeypatch):

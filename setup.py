@@ -38,10 +38,11 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         chosen = {name: os.environ[name] for name in OPTIONS if name in os.environ}
         # What is compiled depends on these, and but for module.cpp and its like not on the Python:
-        # the CUDA kernels, which take minutes, are made once for all. Those that are tuned are made
-        # anew each time, and nothing else.
+        # the CUDA kernels, which take minutes, are made once for all. Where they are tuned, or the
+        # host's, nothing else is made anew.
         kind = {**chosen, "CXX": os.environ.get("CXX", "")}
-        kind.pop("FASTOPT_CUDA_TUNE", None)
+        for of_kernels in ("FASTOPT_CUDA_TUNE", "FASTOPT_CUDA_ON_HOST"):
+            kind.pop(of_kernels, None)
         folder = re.sub(r"[^\w.]+", "-", "-".join(map("=".join, kind.items())))
         build = ROOT / "build" / f"{self.plat_name}-{folder}"
         # Objects stay. What CMake has found does not: Python, pip's isolated environment or the

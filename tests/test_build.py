@@ -86,12 +86,22 @@ def sources():
     return [name for name in listed.split("\0") if name and (ROOT / name).exists()]
 
 
+def copied(sources, folder: Path) -> Path:
+    for name in sources:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
 @pytest.fixture
 def checkout(sources, tmp_path):
-    for name in sources:
-        (tmp_path / "checkout" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / "checkout" / name)
-    return tmp_path / "checkout"
+    return copied(sources, tmp_path / "checkout")
+
+
+@pytest.fixture(scope="module")
+def built_checkout(sources, tmp_path_factory):
+    """One for all that build it: to compile takes minutes, and most of it stays."""
+    return copied(sources, tmp_path_factory.mktemp("built") / "checkout")
 
 
 @pytest.fixture
@@ -107,12 +117,12 @@ def venv(tmp_path):
 
 @pytest.mark.network
 def test_wheel_builds_in_isolation_and_works_where_nothing_can_be_built(
-    checkout, build_tools, venv, tmp_path
+    built_checkout, build_tools, venv, tmp_path
 ):
     """pip's isolated environment has what pyproject.toml names and nothing else, the user's no
     program but Python."""
     python = [sys.executable, "-m"]
-    run(*python, "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, checkout, env=venv)
+    run(*python, "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, built_checkout, env=venv)
     (built,) = tmp_path.glob("fastopt-*.whl")
     repair = ["auditwheel", "repair", "--exclude", "libgomp.so.1", "-w", tmp_path / "dist", built]
     run(*python, *repair, env={"PATH": f"{Path(sys.executable).parent}"})
@@ -152,7 +162,7 @@ def test_wheel_builds_in_isolation_and_works_where_nothing_can_be_built(
 
     # A function the compiler leaves for the linker to share, such as one of the standard library,
     # might be taken from the AVX-512 copy and run where there is no AVX-512.
-    copies = list(checkout.rglob("apply.cpp.o"))
+    copies = list(built_checkout.rglob("apply.cpp.o"))
     assert copies
     for copy in copies:
         assert not re.findall(r" [WVu] .*", run("nm", "-C", "--defined-only", copy))
@@ -224,14 +234,16 @@ def test_what_keeps_from_building_is_said(environment, why, said_instead_of_buil
 
 
 @pytest.mark.network
-def test_readme_installs_a_clone_that_works_in_its_own_folder(checkout, venv):
+def test_readme_installs_a_clone_that_works_in_its_own_folder(built_checkout, venv):
     _, _, install = (ROOT / "README.md").read_text().partition("\n## Install\n")
     commands = install.split("```sh\n")[1].split("```")[0]
     assert "pip install" in commands
-    said = run("sh", "-ec", commands, cwd=checkout, env=venv)
+    said = run("sh", "-ec", commands, cwd=built_checkout, env=venv)
     assert said.endswith("healthy\n")
-    where = run("python", "-c", "import fastopt; print(fastopt.__file__)", cwd=checkout, env=venv)
-    assert where == f"{checkout}/fastopt/__init__.py\n"
+    where = run(
+        "python", "-c", "import fastopt; print(fastopt.__file__)", cwd=built_checkout, env=venv
+    )
+    assert where == f"{built_checkout}/fastopt/__init__.py\n"
 
 
 OLD_NVCC = "echo release 12.3, V12.3.107"

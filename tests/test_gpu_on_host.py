@@ -28,14 +28,16 @@ ONLY_ON_A_GPU = {
     "test_steps_are_counted_on_the_device_and_saved_where_stock_keeps_them",
     "test_checkpoints_move_to_and_from_every_stock_engine",
     "test_compute_sanitizer_finds_nothing",
-    "test_near_to_the_truth",  # of every option: test_parity.py has it
+    # With one option and one optimizer, below.
+    "test_near_to_the_truth",
+    "test_many_tensors_and_groups",
 }
 OWN = {
     name: value
     for name, value in vars(test_gpu).items()
     if name.startswith("test_") and value.__module__ == test_gpu.__name__
 }
-globals().update({name: OWN[name] for name in OWN.keys() - ONLY_ON_A_GPU})
+globals().update({name: value for name, value in OWN.items() if name not in ONLY_ON_A_GPU})
 
 
 def test_what_is_left_out_is_there():
@@ -45,6 +47,10 @@ def test_what_is_left_out_is_there():
 @pytest.mark.parametrize("name", OPTIONS)
 def test_near_to_the_truth_with_one_option(name):
     test_gpu.test_near_to_the_truth(name, list(OPTIONS[name])[-1])
+
+
+def test_many_tensors_and_groups_of_one_optimizer():
+    test_gpu.test_many_tensors_and_groups("AdamW")
 
 
 def test_what_compute_sanitizer_looks_at_runs(monkeypatch):

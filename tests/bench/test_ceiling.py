@@ -37,6 +37,10 @@ MIXES = {
 every_mix = pytest.mark.parametrize(("options", "dtype", "mix"), MIXES.values(), ids=MIXES.keys())
 
 
+def forget_launches(core: ctypes.CDLL) -> None:
+    core.past_launches(None, ctypes.c_int64(0))
+
+
 def last_launch(core: ctypes.CDLL) -> tuple[int, int, int]:
     launches = (Launch * 100)()
     count = core.past_launches(launches, ctypes.c_int64(len(launches)))
@@ -140,8 +144,10 @@ def same(slots: list[list[np.ndarray]], others: list[list[np.ndarray]]) -> bool:
 def test_launch_is_that_of_the_update(options, dtype, mix, tmp_path, core_on_host, monkeypatch):
     monkeypatch.setattr(engine, "_C", core_on_host)
     monkeypatch.setitem(engine._WHY_NOT, "cuda", lambda: None)
+    device = ctypes.CDLL(core_on_host.__file__)
+    forget_launches(device)
     situation = plain(dtype, [(40, ceiling.DEVICE_CHUNK)], backend="cuda", **options)
-    update = last_launch(ctypes.CDLL(core_on_host.__file__))
+    update = last_launch(device)
     slots = [[t.numpy() for t in slot] for slot in map(as_bytes, ceiling.slots_of(situation))]
     core = compiled(mix, tmp_path)
     stream(core, mix, slots, mask=0)

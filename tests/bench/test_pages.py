@@ -142,6 +142,7 @@ def test_a_gpus_tables_are_those_of_its_figures(tmp_path):
         ("step", "bert-base", "2.1100"),
         ("bytes", "bert-base", "2.2200"),
         ("sharded", "1000x16", "2.3300"),
+        ("offload", "minilm", "2.4400"),
     ):
         steps_on_a_gpu(tmp_path, name, workload, ours)
     trained_on_a_gpu(tmp_path)
@@ -156,6 +157,7 @@ def test_a_gpus_tables_are_those_of_its_figures(tmp_path):
         "| 0.620 | 1.4% | 129000 | 2100.5 | 1.25 | 0 |"
     ) in made["training-cuda"]
     assert "- torchao 8-bit, SmolLM2-135M, bfloat16, full: ImportError" in made["training-cuda"]
+    assert "| fastopt | 8.00 | 2.44 (4.00x) |" in made["offload-cuda"]
     assert all(text.endswith("a GPU, torch 9.9, fastopt at abc1234.") for text in made.values())
 
 

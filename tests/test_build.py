@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 import fastopt
 from fastopt import _C
@@ -98,10 +99,15 @@ def checkout(sources, tmp_path):
     return copied(sources, tmp_path / "checkout")
 
 
-@pytest.fixture(scope="module")
-def built_checkout(sources, tmp_path_factory):
-    """One for all that build it: to compile takes minutes, and most of it stays."""
-    return copied(sources, tmp_path_factory.mktemp("built") / "checkout")
+@pytest.fixture
+def built_checkout(sources, tmp_path_factory, worker_id):
+    """One for all that build it, in whichever process: what takes minutes to compile stays."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "built"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            copied(sources, folder)
+        yield folder
 
 
 @pytest.fixture
@@ -116,6 +122,7 @@ def venv(tmp_path):
 
 
 @pytest.mark.network
+@pytest.mark.timeout(900)
 def test_wheel_builds_in_isolation_and_works_where_nothing_can_be_built(
     built_checkout, build_tools, venv, tmp_path
 ):
@@ -234,6 +241,7 @@ def test_what_keeps_from_building_is_said(environment, why, said_instead_of_buil
 
 
 @pytest.mark.network
+@pytest.mark.timeout(900)
 def test_readme_installs_a_clone_that_works_in_its_own_folder(built_checkout, venv):
     _, _, install = (ROOT / "README.md").read_text().partition("\n## Install\n")
     commands = install.split("```sh\n")[1].split("```")[0]

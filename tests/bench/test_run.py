@@ -212,8 +212,10 @@ def test_what_several_programs_append_to_is_begun_anew(plan, tmp_path, monkeypat
 
 LEFT = {
     "check": set(),
-    "bench": {f"{name}-cpu.csv" for name in ("step", "bytes", "around", "sharded", "optimizers")}
-    | {"scaling-cpu.csv"},
+    "bench": {
+        f"{name}-cpu.csv"
+        for name in ("step", "bytes", "around", "sharded", "offload", "optimizers", "scaling")
+    },
     "tune": {"tune-cpu.csv", "tune-cpu.md"},
     "finetune": {"share-cpu.csv"},
     "profile": set(),

@@ -92,8 +92,17 @@ KEPT: dict[str, dict[str, Any]] = {
     "split bfloat16": {"weights": "split", "states": "bfloat16"},
     "split 8bit": {"weights": "split", "states": "8bit"},
     "stochastic": {"weights": "stochastic"},
+    "stochastic bfloat16": {"weights": "stochastic", "states": "bfloat16"},
     "stochastic 8bit": {"weights": "stochastic", "states": "8bit"},
 }
+
+
+def in_formats(*names: str) -> list[tuple[dict[str, Any], torch.dtype]]:
+    """Of each of these in KEPT the options, and a dtype of parameters that they are for."""
+    return [
+        (KEPT[name], torch.bfloat16 if "weights" in KEPT[name] else torch.float32) for name in names
+    ]
+
 
 _ADAM_OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},

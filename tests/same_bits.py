@@ -22,6 +22,7 @@ from cases import (
     channels_last,
     contiguous,
     every_second,
+    in_formats,
     transposed,
     unaligned,
 )
@@ -204,17 +205,16 @@ def test_run_continued_on_another_backend_continues_bit_identically(backend, nam
     assert_steps_alike(back, stayed)
 
 
-# Formats: what the table of cases does not have.
+# Formats.
 
-# What is kept as ours: states=, weights=, and the parameters' dtype.
-FORMATS = [
-    ({"states": "bfloat16"}, torch.float32),
-    ({"states": "8bit"}, torch.float32),
-    ({"weights": "split"}, torch.bfloat16),
-    ({"states": "bfloat16", "weights": "split"}, torch.bfloat16),
-    ({"states": "8bit", "weights": "stochastic"}, torch.bfloat16),
-]
+FORMATS = in_formats("bfloat16", "8bit", "split", "split bfloat16", "stochastic 8bit")
 every_format = pytest.mark.parametrize(("kept", "dtype"), FORMATS, ids=str)
+
+
+@every_format
+@every_rule
+def test_formats_have_the_cpus_bits(backend, name, kept, dtype):
+    assert_steps_alike(*twins(backend, name, [torch.randn(2, 130).to(dtype)], **kept))
 
 
 # Shapes, and how a parameter and its gradient lie in memory.

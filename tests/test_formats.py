@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastopt
+from cases import in_formats
 from fastopt import _C
 from helpers import assert_same_bits, every_rule, make, native_only, parameters
 
@@ -20,13 +21,7 @@ pytestmark = native_only
 
 SHAPES = [(3, 300), (5,), (), (2, 3, 5, 5), (130, 7), (0, 4)]
 narrow = pytest.mark.parametrize("states", ["bfloat16", "8bit"])
-KEPT = [
-    ({"states": "bfloat16"}, torch.float32),
-    ({"states": "8bit"}, torch.float32),
-    ({"weights": "split"}, torch.bfloat16),
-    ({"weights": "split", "states": "8bit"}, torch.bfloat16),
-    ({"weights": "stochastic", "states": "bfloat16"}, torch.bfloat16),
-]
+KEPT = in_formats("bfloat16", "8bit", "split", "split 8bit", "stochastic bfloat16")
 every_format = pytest.mark.parametrize(("kept", "dtype"), KEPT, ids=str)
 
 

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.testing import assert_close
 
 import fastopt
-from cases import CASES, construct
+from cases import CASES, KEPT, construct
 from helpers import (
     assert_equal,
     assert_same_bits,
@@ -28,15 +28,9 @@ pytestmark = native_only
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 LIMIT = 0.5
-FORMATS = {
-    "as torch": {},
-    "bfloat16 states": {"states": "bfloat16"},
-    "8-bit states": {"states": "8bit"},
-    "split": {"weights": "split"},
-    "split, 8-bit states": {"weights": "split", "states": "8bit"},
-    "stochastic": {"weights": "stochastic"},
-}
-every_format = pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
+every_format = pytest.mark.parametrize(
+    "options", KEPT.values(), ids=[name or "as torch" for name in KEPT]
+)
 
 
 def new_params(dtype=torch.float32, shapes=((40, 50), (7,), (), (5000,))):

@@ -204,7 +204,7 @@ class Part:
     """The slots of one mix: one launch."""
 
     def __init__(self, mix: Mix, slots: list[list[Tensor]]) -> None:
-        self.library = _device_library(mix)
+        self.core = _device_library(mix)
         self.slots = slots  # whose memory is to stay
         numels = [tensors[0].numel() for tensors in slots]
         pointers = torch.tensor([[t.data_ptr() for t in tensors] for tensors in slots])
@@ -214,7 +214,7 @@ class Part:
         self.multiprocessors = torch.cuda.get_device_properties().multi_processor_count
 
     def launch(self) -> None:
-        error = self.library.stream(
+        error = self.core.stream(
             *addresses(self.pointers, *self.chunks),
             ctypes.c_int64(self.chunks.shape[1]),
             ctypes.c_int64(self.multiprocessors),

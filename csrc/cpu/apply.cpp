@@ -240,10 +240,10 @@ bool update_directly(const Work& work, const Advanced<Rule, T>& advanced, const 
   };
   if (as(Array<T>{}, Array<T>{}, Array<T>{})) return true;
   if constexpr (kHasFma && sizeof(T) == sizeof(float)) {
-    if (as(Half{}, Half{}, Half{}) || as(StochasticHalf{}, Half{}, Half{}) ||
-        as(Halves{}, Half{}, Single{})) {
-      return true;
-    }
+    if (as(Half{}, Half{}, Half{})) return true;
+  }
+  if constexpr (kHasFma && sizeof(T) == sizeof(float) && kHasKernelsOfFormats<Rule, kStates>) {
+    if (as(StochasticHalf{}, Half{}, Half{}) || as(Halves{}, Half{}, Single{})) return true;
     if constexpr (kStates > 0) {
       return as(Single{}, Single{}, StochasticHalf{}) || as(Half{}, Half{}, StochasticHalf{}) ||
              as(StochasticHalf{}, Half{}, StochasticHalf{}) ||
@@ -306,7 +306,7 @@ void update_blocks(const Work& work, const Advanced<Rule, float>& advanced, cons
   const int64_t in_chunk = blocks_in_chunk(blocks);
   const int64_t begin = chunk * in_chunk;
   const int64_t end = smaller(begin + in_chunk, slot.rows * blocks.in_row);
-  if constexpr (kHasFma && kStates > 0) {
+  if constexpr (kHasFma && kStates > 0 && kHasKernelsOfFormats<Rule, kStates>) {
     const auto as = [&](auto param, auto grad) {
       return update_blocks_as<Rule, kStates, decltype(param), decltype(grad)>(work, advanced, slot,
                                                                               blocks, begin, end);

@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kRun = 512;
 
 // So many elements at once get a base beside them: there must be room for it behind the last.
-constexpr int64_t kLaid = 16;
+constexpr int64_t kLaid = 8;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -54,34 +54,29 @@ FASTOPT_RULE void lay(uint32_t base, uint32_t* beside, int64_t n) {
 template <class Kind>
 __attribute__((noinline)) void lay_bases(const Run& run, const void* data, uint32_t* base) {
   const uint8_t* const scales = static_cast<const uint8_t*>(data) + run.numel + run.first;
-  run.for_each([=](int64_t block, int64_t begin, int64_t n) {
-    lay(base_of<Kind>(scales[block]), base + begin, n);
-  });
+  uint32_t of_block[kRun];
+  for (int64_t block = 0; block < run.count; ++block) {
+    of_block[block] = base_of<Kind>(scales[block]);
+  }
+  run.for_each(
+      [&](int64_t block, int64_t begin, int64_t n) { lay(of_block[block], base + begin, n); });
 }
 
-// The largest magnitude of each block, kept where the block begins. That of rows shorter than two
-// vectors or so is found for all at once: of ever twice as many neighbours, and last of a row's
-// first and last ones together.
-inline void find_largest(const Run& run, const float* from, int64_t n, uint32_t* largest) {
-  const auto magnitude = [=](int64_t i) { return bit_cast<uint32_t>(from[i]) & 0x7FFFFFFFu; };
-  const auto larger = [](uint32_t a, uint32_t b) { return a > b ? a : b; };
-  const int64_t row = run.blocks.row;
-  if (row > 32) {
-    return run.for_each([=](int64_t, int64_t begin, int64_t count) {
-      uint32_t found = 0;
-      for (int64_t i = begin; i < begin + count; ++i) found = larger(found, magnitude(i));
-      largest[begin] = found;
-    });
+FASTOPT_RULE uint32_t largest_of(const float* from, int64_t n) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t magnitude = bit_cast<uint32_t>(from[i]) & 0x7FFFFFFFu;
+    largest = magnitude > largest ? magnitude : largest;
   }
-  FASTOPT_INDEPENDENT
-  for (int64_t i = 0; i < n; ++i) largest[i] = magnitude(i);
-  const auto join_with = [=](int64_t ahead) {
-    FASTOPT_INDEPENDENT
-    for (int64_t i = 0; i < n - ahead; ++i) largest[i] = larger(largest[i], largest[i + ahead]);
-  };
-  int64_t joined = 1;
-  for (; 2 * joined <= row; joined *= 2) join_with(joined);
-  if (joined < row) join_with(row - joined);
+  return largest;
+}
+
+// The largest magnitude of each block.
+inline __attribute__((noinline)) void find_largest(const Run& run, const float* from,
+                                                   uint32_t* largest) {
+  run.for_each([=](int64_t block, int64_t begin, int64_t n) {
+    largest[block] = largest_of(from + begin, n);
+  });
 }
 
 // Stores the n numbers of a run that begins with this element; `bits` are an element's random ones.
@@ -90,14 +85,15 @@ void store_run(const Run& run, const float* from, int64_t begin, int64_t n, void
   uint8_t* const codes = static_cast<uint8_t*>(data) + begin;
   uint8_t* const scales = static_cast<uint8_t*>(data) + run.numel + run.first;
   alignas(64) uint32_t largest[kRun], base[kRun + kLaid];
-  find_largest(run, from, n, largest);
+  find_largest(run, from, largest);
   uint32_t largest_of_all = 0;
-  run.for_each([&](int64_t block, int64_t at, int64_t count) {
-    largest_of_all = largest[at] > largest_of_all ? largest[at] : largest_of_all;
-    const uint32_t scale = scale_of<Kind>(largest[at]);
-    scales[block] = static_cast<uint8_t>(scale);
-    lay(base_of<Kind>(scale), base + at, count);
-  });
+  const int64_t count = run.count;  // for all the compiler knows, a scale is stored there
+  FASTOPT_INDEPENDENT
+  for (int64_t block = 0; block < count; ++block) {
+    largest_of_all = largest[block] > largest_of_all ? largest[block] : largest_of_all;
+    scales[block] = static_cast<uint8_t>(scale_of<Kind>(largest[block]));
+  }
+  lay_bases<Kind>(run, data, base);
   const auto encode_all = [&](auto magnitude) {
     FASTOPT_INDEPENDENT
     for (int i = 0; i < static_cast<int>(n); ++i) {  // an int, as in update

@@ -782,10 +782,10 @@ bool launch_update(const Step& step) {
   }
 }
 
-// The first of these instances that fits.
+// The first of these instances that fits, if any.
 template <class Rule, int kStates, class... Formats>
-void launch_first(const Step& step) {
-  (void)(launch_update<Rule, kStates, Formats>(step) || ...);
+bool launch_first(const Step& step) {
+  return (launch_update<Rule, kStates, Formats>(step) || ...);
 }
 
 template <class Rule, int kStates = Rule::kFewestStates>
@@ -794,9 +794,16 @@ void update_all(const Step& step) {
     constexpr Format k32 = Format::kFloat32, k64 = Format::kFloat64, kB16 = Format::kBFloat16,
                      kF16 = Format::kFloat16, kS16 = Format::kBFloat16Stochastic,
                      kSplit = Format::kSplit;
-    launch_first<Rule, kStates, Known<k32, k32, k32>, Known<k64, k64, k64>, Known<kB16, kB16, kB16>,
-                 Known<kF16, kF16, kF16>, Known<k32, k32, kS16>, Known<kSplit, kB16, k32>,
-                 Known<kSplit, kB16, kS16>, Known<kB16, kB16, k32>, Any<false>, Any<true>>(step);
+    const bool known = launch_first<Rule, kStates, Known<k32, k32, k32>, Known<k64, k64, k64>,
+                                    Known<kB16, kB16, kB16>, Known<kF16, kF16, kF16>>(step);
+    if (known) return;
+    if constexpr (kHasKernelsOfFormats<Rule, kStates>) {
+      if (launch_first<Rule, kStates, Known<k32, k32, kS16>, Known<kSplit, kB16, k32>,
+                       Known<kSplit, kB16, kS16>, Known<kB16, kB16, k32>>(step)) {
+        return;
+      }
+    }
+    launch_first<Rule, kStates, Any<false>, Any<true>>(step);
   } else if constexpr (kStates < kMostStates<Rule>) {
     update_all<Rule, kStates + 1>(step);
   }

@@ -41,12 +41,11 @@ std::string why_not(DLDevice device) {
   cudaDriverGetVersion(&driver);
   if (driver < kLargeArguments) return "its driver is older than R530 (CUDA 12.1); update it";
   const int capability = capability_of(device);
-  // Machine code runs on later devices of its own generation, the newest's PTX on all to come.
+  // Machine code runs on later devices of its own generation, PTX on all to come.
+  if (capability >= FASTOPT_CUDA_PTX) return "";
   constexpr int kBuilt[] = {FASTOPT_CUDA_ARCHITECTURES};
   for (const int built : kBuilt) {
-    if (built <= capability && (built / 10 == major || built == kBuilt[std::size(kBuilt) - 1])) {
-      return "";
-    }
+    if (built <= capability && built / 10 == major) return "";
   }
   std::string versions;
   for (const int built : kBuilt) versions += version(built) + ", ";

@@ -43,7 +43,10 @@ class Oracle:
                 value = next(values)
                 if param.grad is not None:
                     grad = wide(param.grad)
-                    self._rule(value, -grad if group["maximize"] else grad, group)
+                    # Rprop's first step takes its size as it is kept.
+                    size = wide(torch.full_like(param, float(group["lr"])))
+                    options = group | {"first_size": size}
+                    self._rule(value, -grad if group["maximize"] else grad, options)
 
     def ulp_errors(self) -> dict[str, Tensor]:
         """How far the real optimizer is off, element by element, in ulp of the real dtype.
@@ -222,7 +225,7 @@ def _asgd(values: dict[str, Tensor], grad: Tensor, group: dict[str, Any]) -> Non
 def _rprop(values: dict[str, Tensor], grad: Tensor, group: dict[str, Any]) -> None:
     _step(values)
     (shrink, grow), (smallest, largest) = group["etas"], group["step_sizes"]
-    size = values.get("step_size", torch.full_like(grad, float(group["lr"])))
+    size = values.get("step_size", group["first_size"])
     agreement = (grad * values.get("prev", torch.zeros_like(grad))).sign()
     factor = torch.ones_like(grad)
     factor[agreement > 0], factor[agreement < 0] = grow, shrink

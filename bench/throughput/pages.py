@@ -121,8 +121,11 @@ def further_comparisons(results: Path, device: str) -> Iterator[Section]:
         )
     narrow = measured(rows_of(results, f"bytes-{device}"))
     for dtype in dict.fromkeys(row["dtype"] for row in narrow):
-        own = pick(narrow, dtype=dtype)
-        texts = [f"{measured_on(own)}.", tables.contenders_table(own), tables.memory_table(own)]
+        texts = []
+        for machine in dict.fromkeys(row["machine"] for row in narrow):  # with and without AVX-512
+            own = pick(narrow, dtype=dtype, machine=machine)
+            texts += [f"{measured_on(own)}.", tables.contenders_table(own)]
+        texts.append(tables.memory_table(own))
         yield Section(f"adamw in fewer bytes, {dtype} parameters", texts)
     sharded = measured(rows_of(results, f"sharded-{device}"))
     if sharded:

@@ -15,15 +15,19 @@
 namespace fastopt::cpu {
 namespace {
 
-// The innermost loop: n elements of a parameter, its gradient and its states, computed in T. What
-// rounding takes random bits from are the step's seed and the first element's index in the whole
-// parameter.
-template <class Rule, int kStates, class T, class Param, class Grad, class State>
-void update(const typename Rule::template Scalars<T>& scalars, Param param, Grad grad,
-            const State* states, int64_t n, uint32_t seed = 0, uint32_t first = 0) {
+// The innermost loop: n elements of a parameter, its gradient and its states, computed in T; of
+// which arrays, `some` says. What rounding takes random bits from are the step's seed and the index
+// in the whole parameter: the first element's, and kStep more for each.
+template <class Rule, int kStates, class T, int kStep, class Param, class Grad, class State,
+          class Some>
+FASTOPT_RULE void update_some(const typename Rule::template Scalars<T>& scalars, Param of_params,
+                              Grad of_grads, const State* of_states, int64_t n, uint32_t seed,
+                              uint32_t first, Some some) {
   const typename Rule::template Scalars<T> k = scalars;
-  State state[kStates + 1];  // one more than needed: C++ has no arrays of zero elements
-  for (int j = 0; j < kStates; ++j) state[j] = states[j];
+  const auto param = some(of_params);
+  const auto grad = some(of_grads);
+  decltype(some(*of_states)) state[kStates + 1];  // one more than needed: C++ has no empty arrays
+  for (int j = 0; j < kStates; ++j) state[j] = some(of_states[j]);
   // An int: of one of 64 bits the index that random bits are of would be narrowed in every vector.
   FASTOPT_INDEPENDENT
   for (int i = 0; i < static_cast<int>(n); ++i) {
@@ -31,10 +35,28 @@ void update(const typename Rule::template Scalars<T>& scalars, Param param, Grad
     for (int j = 0; j < kStates; ++j) s[j] = state[j].load(i);
     Rule::template update<T, kStates>(k, p, grad.load(i), s);
     const auto random = [=](int place) {  // asked for only where a format takes it
-      return random_of(seed, place).bits(first + static_cast<uint32_t>(i));
+      return random_of(seed, place).bits(first + static_cast<uint32_t>(i) * kStep);
     };
     param.store(i, p, random(kParam));
     for (int j = 0; j < kStates; ++j) state[j].store(i, s[j], random(kState + j));
+  }
+}
+
+template <class Rule, int kStates, class T, class Param, class Grad, class State>
+void update(const typename Rule::template Scalars<T>& k, Param param, Grad grad,
+            const State* states, int64_t n, uint32_t seed = 0, uint32_t first = 0) {
+  if constexpr (kInHalves && Param::kIsHalf && Grad::kIsHalf && State::kIsHalf) {
+    update_some<Rule, kStates, T, 2>(k, param, grad, states, n / 2, seed, first,
+                                     [](auto array) { return half_of<false>(array); });
+    update_some<Rule, kStates, T, 2>(k, param, grad, states, n / 2, seed, first + 1,
+                                     [](auto array) { return half_of<true>(array); });
+    if (n % 2 == 0) return;
+    update_some<Rule, kStates, T, 1>(k, param, grad, states, 1, seed,
+                                     first + static_cast<uint32_t>(n - 1),
+                                     [=](auto array) { return array.from(n - 1); });
+  } else {
+    update_some<Rule, kStates, T, 1>(k, param, grad, states, n, seed, first,
+                                     [](auto array) { return array; });
   }
 }
 

@@ -60,11 +60,18 @@ FASTOPT_RULE double narrow<double>(double x) {
   return x;
 }
 
+// Of 16-bit formats that are a float's upper half: a word whose upper half is the number narrowed.
+template <class To>
+FASTOPT_RULE uint32_t rounded(float x, uint32_t random = 0);
+
+template <>
+FASTOPT_RULE uint32_t rounded<BFloat16>(float x, uint32_t) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  return x != x ? 0x7FC00000u : bits + 0x7FFFu + ((bits >> 16) & 1);
+}
 template <>
 FASTOPT_RULE BFloat16 narrow<BFloat16>(float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16;
-  return {static_cast<uint16_t>(x != x ? 0x7FC0u : rounded)};
+  return {static_cast<uint16_t>(rounded<BFloat16>(x) >> 16)};
 }
 
 template <>

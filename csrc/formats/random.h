@@ -49,10 +49,12 @@ FASTOPT_RULE To narrow(From x, uint32_t) {
   return narrow<To>(x);
 }
 template <>
+FASTOPT_RULE uint32_t rounded<StochasticBFloat16>(float x, uint32_t random) {
+  return x != x ? 0x7FC00000u : bit_cast<uint32_t>(x) + random;
+}
+template <>
 FASTOPT_RULE StochasticBFloat16 narrow<StochasticBFloat16>(float x, uint32_t random) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + random) >> 16;
-  return {static_cast<uint16_t>(x != x ? 0x7FC0u : rounded)};
+  return {static_cast<uint16_t>(rounded<StochasticBFloat16>(x, random) >> 16)};
 }
 
 }  // namespace fastopt

@@ -22,8 +22,12 @@ FASTOPT_RULE float widen(SplitBFloat16 x) { return widen(BFloat16{x.bits}); }
 FASTOPT_RULE uint32_t split_bits(float x) { return x != x ? 0x7FC00000u : bit_cast<uint32_t>(x); }
 
 template <>
+FASTOPT_RULE uint32_t rounded<SplitBFloat16>(float x, uint32_t) {
+  return split_bits(x) + 0x8000u;
+}
+template <>
 FASTOPT_RULE SplitBFloat16 narrow<SplitBFloat16>(float x) {
-  return {static_cast<uint16_t>((split_bits(x) + 0x8000u) >> 16)};
+  return {static_cast<uint16_t>(rounded<SplitBFloat16>(x) >> 16)};
 }
 
 struct Remainder {
@@ -37,12 +41,15 @@ FASTOPT_RULE Remainder narrow<Remainder>(float x) {
 
 // The float that was split. Where somebody has overwritten the parameter since, the remainder of
 // the old value must not turn zero or infinity into NaN, as no split of a float does.
-FASTOPT_RULE float join(float parameter, Remainder remainder) {
+FASTOPT_RULE float join(float parameter, int32_t remainder) {
   const uint32_t bits = bit_cast<uint32_t>(parameter);
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
   const bool stale =
-      (magnitude == 0 && remainder.bits < 0) || (magnitude == 0x7F800000u && remainder.bits > 0);
-  return bit_cast<float>(bits + static_cast<uint32_t>(stale ? 0 : int32_t{remainder.bits}));
+      (magnitude == 0 && remainder < 0) || (magnitude == 0x7F800000u && remainder > 0);
+  return bit_cast<float>(bits + static_cast<uint32_t>(stale ? 0 : remainder));
+}
+FASTOPT_RULE float join(float parameter, Remainder remainder) {
+  return join(parameter, int32_t{remainder.bits});
 }
 
 }  // namespace fastopt

@@ -66,12 +66,9 @@ RULES = sorted({rule for rule, _ in MULTIPLY_ADDS})
 REGISTERS, REGISTERS_AT_A_TIME = 65536, 8
 
 
-# Of MULTIPLY_ADDS, rules of which a state cannot be narrow; and those without MIXES.
+# Of MULTIPLY_ADDS, rules of which a state cannot be narrow; and those that MIXES are compiled for.
 EXACT = {("ASGD", 1), ("RMSprop", 3)}
-RARE = {
-    *(("Adadelta", 2), ("Adamax", 2), ("ASGD", 1), ("Rprop", 2)),
-    *(("Adam", 3), ("RMSprop", 3)),
-}
+MIXED = {("Adam", 2), ("Average", 0), ("Lion", 1), ("SGD", 0), ("SGD", 1)}
 
 
 @dataclass(frozen=True)
@@ -131,7 +128,7 @@ def occurs(rule: str, storage: tuple[str, ...], states: int) -> bool:
     """A rule without states needs one of the instances that differ in nothing else."""
     if states == 0:
         return storage not in (BLOCKS, MIXES[0], MIXES[2], MIXES[3])
-    if (rule, states) in RARE and storage in MIXES:
+    if storage in MIXES and (rule, states) not in MIXED:
         return False
     return (rule, states) not in EXACT or storage != BLOCKS
 

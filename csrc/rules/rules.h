@@ -32,12 +32,12 @@
 
 namespace fastopt {
 
-// Whether kernels are compiled for each of the formats that save bytes. Nobody trains what hardly
-// fits into memory with the others, and each rule's take seconds to build; what serves any format
-// serves theirs, with the same bits. So it does what has three states.
+// Whether kernels are compiled for each of the formats that save bytes: of what models are trained
+// with that hardly fit into memory. A rule's take seconds to build. Of the others one that serves
+// any format serves these, with the same bits.
 template <class Rule, int kStates>
 constexpr bool kHasKernelsOfFormats =
-    kStates <= 2 && !std::is_same_v<Rule, Adadelta> && !std::is_same_v<Rule, Adamax> &&
-    !std::is_same_v<Rule, ASGD> && !std::is_same_v<Rule, Rprop>;
+    kStates <= 2 && (std::is_same_v<Rule, Adam> || std::is_same_v<Rule, Average> ||
+                     std::is_same_v<Rule, Lion> || std::is_same_v<Rule, SGD>);
 
 }  // namespace fastopt

@@ -44,8 +44,8 @@ class Oracle:
                 if param.grad is not None:
                     grad = wide(param.grad)
                     # Rprop's first step takes its size as it is kept.
-                    size = wide(torch.full_like(param, float(group["lr"])))
-                    options = group | {"first_size": size}
+                    lr = torch.tensor(float(group["lr"]), dtype=param.dtype.to_real())
+                    options = group | {"first_size": torch.full_like(grad, lr.item())}
                     self._rule(value, -grad if group["maximize"] else grad, options)
 
     def ulp_errors(self) -> dict[str, Tensor]:

@@ -422,7 +422,7 @@ def test_threads_step_their_own_optimizers_on_their_own_streams(name):
 
     def run(gpu):
         with torch.cuda.stream(torch.cuda.Stream()):
-            for _ in range(50):
+            for _ in range(20):
                 gpu.step()
             torch.cuda.current_stream().synchronize()
 
@@ -432,7 +432,7 @@ def test_threads_step_their_own_optimizers_on_their_own_streams(name):
     for thread in threads:
         thread.join()
     for gpu, cpu in pairs:
-        for _ in range(50):
+        for _ in range(20):
             cpu.step()
         assert_same_bits(gpu, cpu)
 

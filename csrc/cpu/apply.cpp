@@ -45,11 +45,11 @@ FASTOPT_RULE void update_some(const typename Rule::template Scalars<T>& scalars,
 template <class Rule, int kStates, class T, class Param, class Grad, class State>
 void update(const typename Rule::template Scalars<T>& k, Param param, Grad grad,
             const State* states, int64_t n, uint32_t seed = 0, uint32_t first = 0) {
-  if constexpr (kInHalves && Param::kIsHalf && Grad::kIsHalf && State::kIsHalf) {
+  if constexpr (kTakesEveryOther && kIn16Bits<Param> && kIn16Bits<Grad> && kIn16Bits<State>) {
     update_some<Rule, kStates, T, 2>(k, param, grad, states, n / 2, seed, first,
-                                     [](auto array) { return half_of<false>(array); });
+                                     [](auto array) { return every_other<false>(array); });
     update_some<Rule, kStates, T, 2>(k, param, grad, states, n / 2, seed, first + 1,
-                                     [](auto array) { return half_of<true>(array); });
+                                     [](auto array) { return every_other<true>(array); });
     if (n % 2 == 0) return;
     update_some<Rule, kStates, T, 1>(k, param, grad, states, 1, seed,
                                      first + static_cast<uint32_t>(n - 1),

@@ -27,9 +27,9 @@ E* at(const Slot& slot, int place, int64_t begin) {
 // 16 bits would be shuffled, for which AVX2 has few ports beside those that divide. So the first
 // ones of all pairs are taken, then the second ones. (AVX-512 narrows in one instruction.)
 #if defined(__AVX2__) && !defined(__AVX512F__)
-constexpr bool kInHalves = true;
+constexpr bool kTakesEveryOther = true;
 #else
-constexpr bool kInHalves = false;
+constexpr bool kTakesEveryOther = false;
 #endif
 
 constexpr uint32_t kUpper = 0xFFFF0000u;
@@ -50,7 +50,6 @@ FASTOPT_RULE void store_half(void* data, int64_t i, uint32_t x) {
 template <class E>
 struct Array {
   static constexpr Format kFormat = kFormatOf<E>;
-  static constexpr bool kIsHalf = sizeof(E) == 2;
   E* data;
 
   static Array of(const Slot& slot, int place, int, int64_t begin) {
@@ -69,10 +68,9 @@ struct Array {
   }
 };
 
-// The first or the second ones of all pairs in an array.
+// Of an array the first or the second ones of all pairs.
 template <class E, bool kSecond>
-struct HalfOf {
-  static constexpr bool kIsHalf = false;
+struct EveryOther {
   E* data;
 
   FASTOPT_RULE float load(int64_t i) const {
@@ -85,13 +83,12 @@ struct HalfOf {
   }
 };
 template <bool kSecond, class E>
-FASTOPT_RULE HalfOf<E, kSecond> half_of(Array<E> array) {
+FASTOPT_RULE EveryOther<E, kSecond> every_other(Array<E> array) {
   return {array.data};
 }
 
 template <class T>
 struct Strided {
-  static constexpr bool kIsHalf = false;
   T* data;
   int64_t stride;
 
@@ -103,7 +100,6 @@ struct Strided {
 // A parameter and its remainder.
 struct Halves {
   static constexpr Format kFormat = Format::kSplit;
-  static constexpr bool kIsHalf = true;
   SplitBFloat16* upper;
   Remainder* lower;
 
@@ -120,9 +116,8 @@ struct Halves {
 };
 
 template <bool kSecond>
-struct HalfOfHalves {
-  static constexpr bool kIsHalf = false;
-  HalfOf<SplitBFloat16, kSecond> upper;
+struct EveryOtherSplit {
+  EveryOther<SplitBFloat16, kSecond> upper;
   Remainder* lower;
 
   FASTOPT_RULE float load(int64_t i) const {
@@ -135,14 +130,21 @@ struct HalfOfHalves {
   }
 };
 template <bool kSecond>
-FASTOPT_RULE HalfOfHalves<kSecond> half_of(Halves halves) {
+FASTOPT_RULE EveryOtherSplit<kSecond> every_other(Halves halves) {
   return {{halves.upper}, halves.lower};
 }
+
+// Whether every_other takes it.
+template <class A>
+constexpr bool kIn16Bits = false;
+template <class E>
+constexpr bool kIn16Bits<Array<E>> = sizeof(E) == 2;
+template <>
+inline constexpr bool kIn16Bits<Halves> = true;
 
 // A gradient, clipped as if that were written, and rounded, before it is read.
 template <class From>
 struct Clipped {
-  static constexpr bool kIsHalf = false;
   From from;
   double factor;
 

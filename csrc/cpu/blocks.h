@@ -108,7 +108,6 @@ void store_run(const Run& run, const float* from, int64_t begin, int64_t n, void
 
 // The codes of a run. What is to be stored waits until the largest of each block is known.
 struct Codes {
-  static constexpr bool kIsHalf = false;
   const uint8_t* code;
   const uint32_t* base;
   uint32_t sign_bit;

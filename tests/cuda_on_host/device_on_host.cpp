@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <exception>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <tuple>
@@ -225,6 +226,9 @@ struct Kernel {
 bool holding_back = false;
 std::optional<Kernel> held_back;
 
+// One thread's kernels at a time; while a lane waits for the kernel before, that one's, too.
+std::recursive_mutex device;
+
 void run(const Kernel& kernel) {
   const Launch launch = launches[kernel.launch];
   const auto outside = std::make_tuple(running, threadIdx, blockIdx, gridDim, vectors_streamed);
@@ -260,12 +264,14 @@ void run_held_back() {
 // that one reads too early is what was there before. Returns whether one had yet to run, which it
 // then never will.
 extern "C" __attribute__((visibility("default"))) bool hold_back(bool from_now_on) {
+  const std::lock_guard lock(device);
   holding_back = from_now_on;
   return std::exchange(held_back, std::nullopt).has_value();
 }
 
 // The launches since the last call, at most so many; returns how many there were.
 extern "C" __attribute__((visibility("default"))) int64_t past_launches(Launch* to, int64_t room) {
+  const std::lock_guard lock(device);
   run_held_back();
   const auto count = static_cast<int64_t>(launches.size());
   std::copy_n(launches.begin(), std::min(count, room), to);
@@ -292,6 +298,7 @@ cudaError_t run_on_host(const cudaLaunchConfig_t& config, size_t argument_bytes,
       launch.threads > 1024) {
     return cudaErrorInvalidConfiguration;
   }
+  const std::lock_guard lock(device);
   const bool backwards = ++launches_ever / 2 % 2 == 1;
   launches.push_back(launch);
   const Kernel kernel{launches.size() - 1, backwards, call};

@@ -66,9 +66,10 @@ RULES = sorted({rule for rule, _ in MULTIPLY_ADDS})
 REGISTERS, REGISTERS_AT_A_TIME = 65536, 8
 
 
-# Of MULTIPLY_ADDS, rules of which a state cannot be narrow; and those that MIXES are compiled for.
+# Of MULTIPLY_ADDS, rules of which a state cannot be narrow; and those with states that MIXES are
+# compiled for.
 EXACT = {("ASGD", 1), ("RMSprop", 3)}
-MIXED = {("Adam", 2), ("Average", 0), ("Lion", 1), ("SGD", 0), ("SGD", 1)}
+MIXED = {("Adam", 2), ("Lion", 1), ("SGD", 1)}
 
 
 @dataclass(frozen=True)
